@@ -1,0 +1,1 @@
+"""Networks: pure ``torch.nn``, with the parameter names of the checkpoints."""
