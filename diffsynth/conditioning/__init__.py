@@ -1,0 +1,1 @@
+"""How prompts, pictures, clips, masks and audio become tokens, positions and masks."""

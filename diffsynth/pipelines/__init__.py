@@ -1,0 +1,1 @@
+"""Pipelines: units that run one after another over one typed state."""

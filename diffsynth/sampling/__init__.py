@@ -1,0 +1,1 @@
+"""Schedules, guidance, noise and samplers: pure functions on tensors."""

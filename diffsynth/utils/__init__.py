@@ -1,0 +1,1 @@
+"""Pictures, clips, sounds and the metadata of files."""

@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Case:
-    """One golden file.  ``tensors`` is keyed as in the file: ``weights/...``, ``in/...``, ``mid/...``, ``out/...``."""
+    """One golden file; its tensors are keyed ``weights/...``, ``in/...``, ``mid/...``, ``out/...``."""
 
     def __init__(self, path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path = path
@@ -142,7 +142,8 @@ class Case:
         if failures:
             first = failures[0]
             raise GoldenMismatch(
-                f"first departure at {first.name}: {first.error:.3e}, {first.share:.1f} x the tolerance {first.note}"
+                f"first departure at {first.name}: {first.error:.3e}, "
+                f"{first.share:.1f} x the tolerance {first.note}"
             )
         if not self.comparisons:
             raise GoldenMismatch("nothing was compared")

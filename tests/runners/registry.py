@@ -86,8 +86,9 @@ def identify(path: Path) -> str | None:
             return "audio lengths"
         return None
     if case.tensors and not any(key.startswith(("in/", "out/")) for key in case.tensors):
-        lora_endings = (".lora_A", ".lora_B", ".lora_up", ".lora_down")
-        if any(mark in key for key in case.tensors for mark in lora_endings) and path.name.startswith("lora_"):
+        lora = import_module("tests.runners.lora")
+        # A LoRA file is a case only beside the result that it must give.
+        if lora.is_lora(case.tensors) and lora.fuse_case_beside(path) is not None:
             return "lora file"
     return None
 

@@ -1,0 +1,133 @@
+"""Commands, and the one place where an error becomes a message and an exit code."""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffsynth import __version__
+from diffsynth.cli.options import request_options
+from diffsynth.errors import DiffSynthError
+
+UNEXPECTED = 1
+CANCELLED = 130
+
+app = typer.Typer(
+    name="diffsynth",
+    help="Video with sound from text and pictures: LTX-2 and LTX-2.3 on machines far smaller than the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging Face)"
+RUN = "Running"
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
+    version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@request_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what the video shows and how it sounds")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="the mp4 to write", rich_help_panel=RUN)
+    ] = Path("video.mp4"),
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="single-file checkpoint, or repackaged parts, one option each, "
+            "e.g. Lightricks/LTX-2:ltx-2-19b-dev.safetensors",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    gemma: Annotated[
+        str, typer.Option(help="Gemma 3 folder with weights and tokenizer", rich_help_panel=MODELS)
+    ] = "google/gemma-3-12b-it-qat-q4_0-unquantized:model-*.safetensors",
+    upsampler: Annotated[
+        str | None, typer.Option(help="x2 latent upsampler, for two stages", rich_help_panel=MODELS)
+    ] = None,
+    distilled_lora: Annotated[
+        str | None,
+        typer.Option(
+            help="distilled LoRA of the second stage, FILE or FILE=STRENGTH (0.8)", rich_help_panel=MODELS
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA, FILE or FILE=STRENGTH (1.0); repeat", rich_help_panel=MODELS),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, npu, mps or cpu; the best one if left out", rich_help_panel=RUN)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="arithmetic: bfloat16, float16 or float32", rich_help_panel=RUN)
+    ] = "bfloat16",
+    vram_limit: Annotated[
+        float | None, typer.Option(help="device memory to stay under, in GB", rich_help_panel=RUN)
+    ] = None,
+    quiet: Annotated[bool, typer.Option(help="no progress", rich_help_panel=RUN)] = False,
+    **request: object,
+) -> None:
+    """Make a video with sound and write it as mp4; the whole request is kept in its metadata."""
+    from diffsynth.cli.generate import ModelOptions, run
+
+    models = ModelOptions(
+        checkpoint=tuple(checkpoint or ()),
+        gemma=gemma,
+        upsampler=upsampler,
+        distilled_lora=distilled_lora,
+        loras=tuple(lora or ()),
+        device=device,
+        dtype=dtype,
+        vram_limit=vram_limit,
+    )
+    run(request={"prompt": prompt, **request}, models=models, output=output, quiet=quiet)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="checkpoint, LoRA, upsampler or generated video")],
+    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Say what a file holds: networks, variant, parameters and dtypes; or the request that made a video."""
+    from diffsynth.cli.inspect import run
+
+    run(file, as_json=json)
+
+
+def main() -> None:
+    """Entry point: run a command, print an error as message and hint, exit with the code of its kind."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except DiffSynthError as error:
+        _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail("cancelled; nothing half-written was left", CANCELLED, debug)
+    except Exception as error:
+        _fail(
+            f"unexpected {type(error).__name__}: {error}  Try: diffsynth --debug ... and report it",
+            UNEXPECTED,
+            debug,
+        )
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"diffsynth: {message}", err=True)
+    raise SystemExit(code)

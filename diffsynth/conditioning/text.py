@@ -1,0 +1,176 @@
+"""Prompt -> token ids -> hidden states -> features -> the contexts that the diffusion model reads.
+
+n valid tokens of a prompt, T context length (1024).
+
+No chat template and no system prompt: the bare prompt is encoded, as in official ltx-core 1.0.0.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth.errors import CheckpointError
+from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.ltx2.connectors import TextConnectors
+from diffsynth.models.ltx2.feature_extractor import PromptFeatures, Slices
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_LENGTH = 1024
+"""Positions of a context, all of them always used: registers stand where a shorter prompt has no tokens."""
+
+_HINT = (
+    "download tokenizer.json and tokenizer_config.json of google/gemma-3-12b-it-qat-q4_0-unquantized "
+    "into one folder"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptContext:
+    """One encoded prompt: ``video`` [1, T, Wv], ``audio`` [1, T, Wa].  All positions count: no mask."""
+
+    video: Tensor
+    audio: Tensor
+
+
+class PromptTokenizer:
+    """The Gemma tokenizer under the rules of LTX-2: stripped text, ``<bos>`` in front, nothing at the end."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Load from ``folder`` or the nearest folder below it that holds a tokenizer.
+
+        Raises:
+            CheckpointError: no tokenizer, or one that cannot be read.
+        """
+        from transformers import AutoTokenizer  # slow to import, and only prompts need it
+
+        path = find_tokenizer(Path(folder))
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}", hint=_HINT) from error
+        if self.tokenizer.bos_token_id is None:
+            raise CheckpointError(f"{path}: the tokenizer has no <bos>, it is not Gemma's", hint=_HINT)
+        self._bos_id = int(self.tokenizer.bos_token_id)
+        pad_id = self.tokenizer.pad_token_id
+        self._pad_id = int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
+
+    def encode(self, text: str, max_length: int = CONTEXT_LENGTH) -> list[int]:
+        """Valid token ids, 1 (an empty prompt: just ``<bos>``) to ``max_length`` of them.
+
+        A longer prompt loses its end, and a warning is logged.
+        """
+        ids = [int(i) for i in self.tokenizer(text.strip(), verbose=False)["input_ids"]]
+        if not ids or ids[0] != self._bos_id:
+            ids = [self._bos_id, *ids]
+        if len(ids) > max_length:
+            logger.warning(
+                "the prompt has %d tokens; the last %d are cut off, the model reads %d",
+                len(ids),
+                len(ids) - max_length,
+                max_length,
+            )
+        return ids[:max_length]
+
+    def encode_padded(self, text: str, max_length: int = CONTEXT_LENGTH) -> tuple[list[int], list[int]]:
+        """Ids padded on the left to ``max_length``, and their attention mask (1 = valid)."""
+        ids = self.encode(text, max_length)
+        num_pad = max_length - len(ids)
+        return [self._pad_id] * num_pad + ids, [0] * num_pad + [1] * len(ids)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The folder with the tokenizer's files: ``folder`` itself or the least deep one below it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if folder.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            found = [p.parent for p in folder.rglob(name) if (p.parent / "tokenizer_config.json").is_file()]
+            if found:
+                return min(found, key=lambda p: (len(p.parts), p))
+    raise CheckpointError(f"{folder}: no tokenizer there", hint=_HINT)
+
+
+def encode_prompts(
+    gemma: Gemma3TextModel,
+    connectors: TextConnectors,
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    *,
+    length: int = CONTEXT_LENGTH,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    slices: Slices | None = None,
+) -> list[PromptContext]:
+    """Encode prompts together.  The context of each is bit-equal to that of encoding it alone.
+
+    Args:
+        gemma: its embedding table may lie on another device than its layers.
+        connectors: feature extractor and connectors of the same checkpoint family.
+        tokenizer: of the text model.
+        prompts: positive and negative ones alike.
+        length: T, a multiple of the number of registers.
+        device: where everything computes; the device of Gemma's final norm if not given.
+        dtype: compute dtype and that of the results; the one of Gemma's final norm if not given.
+        slices: source of the projection's slices where they are streamed.
+
+    Raises:
+        CheckpointError: text model, tokenizer and connectors do not belong together.
+    """
+    features = prompt_features(
+        gemma, connectors, tokenizer, prompts, length=length, device=device, dtype=dtype, slices=slices
+    )
+    return contexts_from_features(connectors, features, length=length)
+
+
+def prompt_features(
+    gemma: Gemma3TextModel,
+    connectors: TextConnectors,
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    *,
+    length: int = CONTEXT_LENGTH,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    slices: Slices | None = None,
+) -> list[PromptFeatures]:
+    """First half of :func:`encode_prompts`, with the same arguments: all that needs the text model."""
+    if not prompts:
+        return []
+    reads, gives = connectors.config.features, gemma.config
+    if (reads.hidden_size, reads.num_states) != (gives.hidden_size, gives.num_hidden_states):
+        raise CheckpointError(
+            f"the connectors read {reads.num_states} states of width {reads.hidden_size}, the text model "
+            f"gives {gives.num_hidden_states} of width {gives.hidden_size}",
+            hint="LTX-2 needs Gemma 3 12B",
+        )
+    device, dtype = device or gemma.norm.weight.device, dtype or gemma.norm.weight.dtype
+    ids = [tokenizer.encode(prompt, length) for prompt in prompts]
+    largest = max((i for row in ids for i in row), default=0)
+    if largest >= gives.vocab_size:
+        raise CheckpointError(
+            f"token {largest} lies outside the vocabulary of {gives.vocab_size}",
+            hint="take the tokenizer from the folder of the text model",
+        )
+    sums = connectors.text_embedding_projection.begin(len(ids), slices=slices)
+    rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
+    with torch.no_grad():
+        gemma.hidden_states(rows, sums.add, length=length, device=device, dtype=dtype)
+        features = sums.finish()
+    return [PromptFeatures(row.video.to(dtype), row.audio.to(dtype)) for row in features]
+
+
+def contexts_from_features(
+    connectors: TextConnectors, features: Sequence[PromptFeatures], *, length: int = CONTEXT_LENGTH
+) -> list[PromptContext]:
+    """Second half of :func:`encode_prompts`: the text model is not needed any more."""
+    if not features:
+        return []
+    with torch.no_grad():
+        return [PromptContext(row.video, row.audio) for row in connectors(features, length)]

@@ -1,0 +1,400 @@
+"""Gemma 3 text model: the prompt's token ids become the 49 hidden states that LTX-2 reads.
+
+D width (3840), n tokens of a prompt, h head width (256), L layers (48).
+
+Source: the Gemma 3 report (arXiv 2503.19786) and the released checkpoint; agrees with ``Gemma3TextModel`` of
+transformers.  Only the text part exists here: no vision tower, no projector, no language model head.  Prompts
+run without padding and layer-major (one layer at a time, all prompts through it), so that a layer has to be
+on the device once however many prompts there are, and no stack of hidden states is ever held.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffsynth.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+LayerKind = Literal["sliding_attention", "full_attention"]
+OnState = Callable[[int, int, Tensor], None]
+"""Called with (state index 0..L, prompt index, state [1, n, D])."""
+
+KEY_PREFIXES: dict[str, str] = {"language_model.model.": "", "model.language_model.": "", "model.": ""}
+"""As released, as saved again, as repackaged.  Other parts share some of them: :func:`text_key` tells."""
+
+_TEXT_KEY = re.compile(r"embed_tokens\.|layers\.\d+\.|norm\.")
+_HINT = "use the folder of google/gemma-3-12b-it-qat-q4_0-unquantized"
+
+
+def text_key(key: str) -> str | None:
+    """Map a key of any Gemma 3 file to the key of :class:`Gemma3TextModel`; None for all that is not text.
+
+    Vision tower, projector and language model head give None.  Keys of the module itself map to themselves.
+    """
+    for prefix in (*KEY_PREFIXES, ""):
+        if key.startswith(prefix) and _TEXT_KEY.match(key, len(prefix)):
+            return key[len(prefix) :]
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gemma3Config:
+    """The text part of ``config.json``; defaults are those that the file format defines for absent keys."""
+
+    hidden_size: int
+    intermediate_size: int
+    layer_kinds: tuple[LayerKind, ...]
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    vocab_size: int = 262_208
+    rms_norm_eps: float = 1e-6
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int = 4096
+    rope_theta_full: float = 1_000_000.0
+    rope_theta_sliding: float = 10_000.0
+    rope_factor_full: float = 1.0
+    """Linear RoPE scaling of the full attention layers: their frequencies are divided by it."""
+
+    @property
+    def num_hidden_states(self) -> int:
+        """Scaled embedding, outputs of all layers but the last, normed output of the last: L + 1."""
+        return len(self.layer_kinds) + 1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Parse ``config.json``: the whole file or its ``text_config``, in the old or the new key style.
+
+        Keys that are not read here only steer training, generation or the library.  The model type pins
+        the architecture, and every key that could change it is checked.
+
+        Raises:
+            CheckpointError: another architecture, or a variation of Gemma 3 that is not implemented.
+        """
+        text = config.get("text_config", config)
+        kind = text.get("model_type")
+        if kind != "gemma3_text" or config.get("model_type") not in ("gemma3", "gemma3_text"):
+            found = config.get("model_type") or config.get("architectures")
+            raise CheckpointError(f"the text encoder is not Gemma 3 but {found!r}", hint=_HINT)
+        _refuse_variations(text)
+        missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers") if k not in text]
+        if missing:
+            raise CheckpointError(f"the Gemma 3 configuration lacks {missing}", hint=_HINT)
+        optional = (
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+            *("rms_norm_eps", "query_pre_attn_scalar", "sliding_window"),
+        )
+        full, sliding = _rope_parameters(text)
+        return cls(
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            layer_kinds=_layer_kinds(text),
+            rope_theta_full=float(full["rope_theta"]),
+            rope_theta_sliding=float(sliding["rope_theta"]),
+            rope_factor_full=float(full.get("factor", 1.0)),
+            **{key: text[key] for key in optional if key in text},
+        )
+
+    @classmethod
+    def infer(cls, shapes: Shapes) -> Self:
+        """From parameter shapes (keys of any file); what leaves no trace in them is as released for 12B.
+
+        Raises:
+            CheckpointError: the keys are not those of a Gemma 3 text model.
+        """
+        found = {text_key(key): shape for key, shape in shapes.items()}
+        try:
+            vocab_size, hidden_size = found["embed_tokens.weight"]
+            (head_dim,) = found["layers.0.self_attn.q_norm.weight"]
+            query_width = found["layers.0.self_attn.q_proj.weight"][0]
+            key_width = found["layers.0.self_attn.k_proj.weight"][0]
+            intermediate_size = found["layers.0.mlp.gate_proj.weight"][0]
+        except KeyError as error:
+            raise CheckpointError(f"no Gemma 3 text model: {error} is missing", hint=_HINT) from None
+        num_layers = 1 + max(int(key.split(".")[1]) for key in found if key and key.startswith("layers."))
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_kinds=_pattern(num_layers, 6),
+            num_attention_heads=query_width // head_dim,
+            num_key_value_heads=key_width // head_dim,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            sliding_window=1024,
+            rope_factor_full=8.0,
+        )
+
+
+def _refuse_variations(text: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for values that the network below does not implement."""
+    implemented: dict[str, tuple[Any, ...]] = {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False, None),
+        "attn_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False, None),
+    }
+    for key, values in implemented.items():
+        if key in text and text[key] not in values:
+            raise CheckpointError(f"Gemma 3 with {key}={text[key]!r} is not supported", hint=_HINT)
+
+
+def _rope_parameters(text: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """RoPE of the full and of the sliding layers, from either key style."""
+    new_style = text.get("rope_parameters") or {}
+    full = {"rope_theta": text.get("rope_theta", 1e6)} | (new_style.get("full_attention") or {})
+    full |= text.get("rope_scaling") or {}
+    sliding = {"rope_theta": text.get("rope_local_base_freq", 1e4)}
+    sliding |= new_style.get("sliding_attention") or {}
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (full, sliding)]
+    if kinds[0] not in ("default", "linear") or kinds[1] != "default" or "rope_type" in new_style:
+        raise CheckpointError(f"Gemma 3 with RoPE kinds {kinds} is not supported", hint=_HINT)
+    if kinds[0] == "default":
+        full.pop("factor", None)
+    return full, sliding
+
+
+def _layer_kinds(text: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+    num_layers: int = text["num_hidden_layers"]
+    if text.get("layer_types") is None:
+        period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6))
+        return _pattern(num_layers, period)
+    kinds = tuple(text["layer_types"])
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise CheckpointError(
+            f"Gemma 3: layer_types {sorted(set(kinds))} for {len(kinds)} of {num_layers} layers",
+            hint=_HINT,
+        )
+    return cast("tuple[LayerKind, ...]", kinds)
+
+
+def _pattern(num_layers: int, period: int) -> tuple[LayerKind, ...]:
+    """Every ``period``-th layer has full attention, the others the sliding window."""
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers))
+
+
+class RopeTable(NamedTuple):
+    """Cosine and sine of the angles, [n, h/2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(config: Gemma3Config, kind: LayerKind, positions: Tensor) -> RopeTable:
+    """Angles of ``positions`` [n] in float32 whatever the compute dtype: bfloat16 would be off by radians."""
+    full = kind == "full_attention"
+    base = config.rope_theta_full if full else config.rope_theta_sliding
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / base**exponents
+    if full:
+        frequencies = frequencies / config.rope_factor_full
+    angles = positions[:, None].float() * frequencies
+    return RopeTable(angles.cos(), angles.sin())
+
+
+def _rotate(x: Tensor, rope: RopeTable) -> Tensor:
+    """Rotate the halves of each head: x [1, heads, n, h]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with the factor ``1 + weight``; float32 inside, rounded once at the end."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis; shape and dtype stay."""
+        return functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(
+            x.dtype
+        )
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with grouped key/value heads; sliding layers see ``sliding_window`` tokens."""
+
+    def __init__(self, config: Gemma3Config, kind: LayerKind) -> None:
+        super().__init__()
+        self.config = config
+        self.window = config.sliding_window if kind == "sliding_attention" else None
+        width, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: RopeTable) -> Tensor:
+        """Attend within one prompt: x [1, n, D], rope tables [n, h/2] in x's dtype; returns [1, n, D]."""
+        c = self.config
+        q = self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
+        q, k = _rotate(self.q_norm(q), rope), _rotate(self.k_norm(k), rope)
+        # Few backends have fused kernels for grouped heads; the copies are 2 * n * D values.
+        group = c.num_attention_heads // c.num_key_value_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        mask = self._window_mask(x.shape[1], x.device)
+        scale = c.query_pre_attn_scalar**-0.5
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def _window_mask(self, n: int, device: torch.device) -> Tensor | None:
+        """Boolean [n, n] where the window cuts something, else None: plain causality suffices."""
+        if self.window is None or n <= self.window:
+            return None
+        i = torch.arange(n, device=device)
+        distance = i[:, None] - i[None, :]
+        return (distance >= 0) & (distance < self.window)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward net with the tanh form of GELU."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention and feed-forward net, each with a norm before and after."""
+
+    def __init__(self, config: Gemma3Config, kind: LayerKind) -> None:
+        super().__init__()
+        self.kind = kind
+        norm = (config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, kind)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(*norm)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        self.pre_feedforward_layernorm = RMSNorm(*norm)
+        self.post_feedforward_layernorm = RMSNorm(*norm)
+
+    def forward(self, xs: Sequence[Tensor], ropes: Sequence[RopeTable]) -> list[Tensor]:
+        """Run all prompts in one call, so that whatever brings the layer to the device does so once.
+
+        Prompts run one after another: a result does not depend, not even by rounding, on the company.
+
+        Args:
+            xs: one [1, n, D] per prompt; n may differ.
+            ropes: the table of this layer's kind for each prompt, in the dtype and on the device of xs.
+        """
+        return [self._one(x, rope) for x, rope in zip(xs, ropes, strict=True)]
+
+    def _one(self, x: Tensor, rope: RopeTable) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Gemma3TextModel(nn.Module):
+    """Embedding table, decoder layers, final norm.  The table, 2 GB for 12B, may stay on the CPU."""
+
+    def __init__(self, config: Gemma3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Decoder layer ``index``, 0..L-1."""
+        return cast("DecoderLayer", self.layers[index])
+
+    def embed(
+        self, ids: Tensor, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Gather token embeddings where the table lies, send only the rows, and scale them by sqrt(D).
+
+        The factor is rounded to the compute dtype (62.0 for D = 3840 in bfloat16), as in training.
+
+        Args:
+            ids: [n] int64, any device.
+            device: of the result; the table's if not given.
+            dtype: compute dtype of the result; the table's if not given.
+
+        Returns:
+            [1, n, D], hidden state 0.
+        """
+        table = self.embed_tokens.weight
+        rows = functional.embedding(ids.to(table.device), table).to(
+            device or table.device, dtype or table.dtype
+        )
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=rows.dtype).item()
+        return (rows * scale)[None]
+
+    def rope_tables(
+        self, positions: Tensor, *, device: torch.device, dtype: torch.dtype
+    ) -> dict[LayerKind, RopeTable]:
+        """Tables of both layer kinds for ``positions`` [n] (on the CPU), rounded to ``dtype`` at the end."""
+        tables: dict[LayerKind, RopeTable] = {}
+        for kind in dict.fromkeys(self.config.layer_kinds):
+            cos, sin = rope_table(self.config, kind, positions)
+            tables[kind] = RopeTable(cos.to(device, dtype), sin.to(device, dtype))
+        return tables
+
+    def hidden_states(
+        self,
+        ids: Sequence[Tensor],
+        on_state: OnState,
+        *,
+        length: int = 1024,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Run the prompts through the model and hand over each hidden state as soon as it exists.
+
+        State 0 is the scaled embedding, state i the output of layer i-1, state L the final norm of the
+        output of the last layer.  States come layer by layer, within a layer prompt by prompt.
+
+        Args:
+            ids: valid token ids [n] of each prompt, without padding, 1 <= n <= length.
+            on_state: called with (state index, prompt index, state [1, n, D]).
+            length: padded length T that the prompts stand for; they sit at its end, at positions T-n..T-1.
+            device: where the layers compute; the device of the final norm if not given.
+            dtype: compute dtype; that of the final norm if not given.
+
+        Raises:
+            ValueError: a prompt without tokens or with more than ``length``.
+        """
+        self(ids, on_state, length=length, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        ids: Sequence[Tensor],
+        on_state: OnState,
+        *,
+        length: int,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """See :meth:`hidden_states`, which is the public name."""
+        device, dtype = device or self.norm.weight.device, dtype or self.norm.weight.dtype
+        lengths = [int(row.numel()) for row in ids]
+        if any(not 1 <= n <= length for n in lengths):
+            raise ValueError(f"prompts of {lengths} tokens, each must have 1 to {length}")
+        tables = self.rope_tables(torch.arange(length), device=device, dtype=dtype)
+        xs = [self.embed(row, device=device, dtype=dtype) for row in ids]
+        for index, kind in enumerate(self.config.layer_kinds):
+            for prompt, x in enumerate(xs):
+                on_state(index, prompt, x)
+            cos, sin = tables[kind]
+            ropes = [RopeTable(cos[length - n :], sin[length - n :]) for n in lengths]
+            xs = self.layer(index)(xs, ropes)
+        for prompt, x in enumerate(xs):
+            on_state(len(self.layers), prompt, self.norm(x))

@@ -1,0 +1,136 @@
+"""From model configurations to the parts of a pipeline: open, recognise, load, check that all fit."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffsynth.conditioning.text import PromptTokenizer
+from diffsynth.errors import CheckpointError, RequestError
+from diffsynth.loader import (
+    ModelConfig,
+    NetworkKind,
+    NetworkWeights,
+    WeightFiles,
+    find_network,
+    load_network,
+    model_version,
+    sort_networks,
+)
+from diffsynth.models.ltx2.upsampler import UpsamplerConfig
+from diffsynth.pipelines.parts import ModelVersion, Parts
+
+logger = logging.getLogger(__name__)
+
+PART_OF: Mapping[NetworkKind, str] = {
+    NetworkKind.GEMMA: "text_encoder",
+    NetworkKind.TEXT_CONNECTORS: "text_encoder_post_modules",
+    NetworkKind.TRANSFORMER: "dit",
+    NetworkKind.VIDEO_ENCODER: "video_vae_encoder",
+    NetworkKind.VIDEO_DECODER: "video_vae_decoder",
+    NetworkKind.AUDIO_ENCODER: "audio_vae_encoder",
+    NetworkKind.AUDIO_DECODER: "audio_vae_decoder",
+    NetworkKind.VOCODER: "audio_vocoder",
+    NetworkKind.UPSAMPLER: "upsampler",
+}
+"""Network -> its name in the pipeline."""
+
+MODEL_NAMES: Mapping[str, str] = {"2.0": "LTX-2", "2.3": "LTX-2.3"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembly:
+    """Parts, and where each came from."""
+
+    parts: Parts
+    sources: Mapping[str, str]
+    """Part -> name of its file."""
+
+    @property
+    def says_distilled(self) -> bool:
+        """Whether the file of the transformer calls itself distilled; nothing inside a file tells."""
+        return "distilled" in self.sources.get("dit", "").lower()
+
+
+def assemble(
+    model_configs: Sequence[ModelConfig],
+    tokenizer_config: ModelConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Assembly:
+    """Load everything that the configurations name.
+
+    Raises:
+        RequestError: a configuration that cannot work, or none at all.
+        CheckpointError: files that are missing, damaged, unknown, given twice, or of two model versions.
+    """
+    if not model_configs:
+        raise RequestError(
+            "model_configs is empty",
+            hint="model_configs=[ModelConfig(path='ltx-2-19b-dev.safetensors'), ...]",
+        )
+    for config in [*model_configs, *([tokenizer_config] if tokenizer_config else [])]:
+        config.validate()
+    opened = [config.open() for config in model_configs]
+    version = _common_version(opened)
+    located = {kind: _locate(kind, files) for kind, files in sort_networks(opened).items()}
+    sources = {PART_OF[kind]: weights.files.name for kind, weights in located.items()}
+    if NetworkKind.UPSAMPLER in located and NetworkKind.TRANSFORMER in located:
+        _check_upsampler(located[NetworkKind.UPSAMPLER], version)
+    parts = Parts(device=device, dtype=dtype, version=version)
+    for kind, weights in located.items():
+        logger.info("%s: %s", PART_OF[kind], weights.files.name)
+        setattr(parts, PART_OF[kind], load_network(kind, weights.files, dtype=dtype, device=device))
+    if tokenizer_config is not None:
+        parts.tokenizer = PromptTokenizer(_folder(tokenizer_config.resolve()))
+    return Assembly(parts=parts, sources=sources)
+
+
+def is_spatial_x2(config: UpsamplerConfig) -> bool:
+    """Whether an upsampler doubles height and width and leaves time alone."""
+    return config.spatial_upsample and not config.temporal_upsample and config.spatial_scale == 2
+
+
+def upsampler_version(config: UpsamplerConfig) -> ModelVersion | None:
+    """The model that an upsampler belongs to: the spatial x2 of LTX-2 alone is a rational resampler.
+
+    None for temporal upsamplers, which look alike.
+    """
+    if not config.spatial_upsample:
+        return None
+    return "2.0" if config.rational_resampler and is_spatial_x2(config) else "2.3"
+
+
+def _locate(kind: NetworkKind, files: WeightFiles) -> NetworkWeights:
+    if kind not in PART_OF:
+        raise CheckpointError(
+            f"{files.name} is a LoRA, not a model",
+            hint="pipe.load_lora(pipe.dit, path), or stage2_lora_config for the distilled LoRA",
+        )
+    return find_network(kind, files)
+
+
+def _common_version(opened: Sequence[WeightFiles]) -> ModelVersion:
+    """The version that the files state or show; files that look alike in both count for neither."""
+    versions = {files.name: model_version(files) for files in opened}
+    known = {name: version for name, version in versions.items() if version is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} is {MODEL_NAMES[version]}" for name, version in known.items())
+        raise CheckpointError(f"files of two models: {listed}", hint="take all files from one model")
+    return "2.3" if "2.3" in known.values() else "2.0"
+
+
+def _check_upsampler(upsampler: NetworkWeights, version: ModelVersion) -> None:
+    made_for = upsampler_version(upsampler.config)
+    if made_for is not None and made_for != version:
+        raise CheckpointError(
+            f"{upsampler.files.name} belongs to {MODEL_NAMES[made_for]}, the model is {MODEL_NAMES[version]}",
+            hint=f"the spatial upscaler x2 of Lightricks/{MODEL_NAMES[version]}",
+        )
+
+
+def _folder(resolved: Sequence[Path]) -> Path:
+    path = Path(resolved[0])
+    return path if path.is_dir() else path.parent

@@ -1,0 +1,398 @@
+"""``LTX2AudioVideoPipeline``: video with sound from text and pictures, through one call."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffsynth import __version__
+from diffsynth.conditioning.tokens import audio_latent_frames
+from diffsynth.device import resolve_device
+from diffsynth.errors import CheckpointError, RequestError
+from diffsynth.loader import ModelConfig
+from diffsynth.lora import Lora, LoraHandle, LoraStack, linear_shapes, read_lora
+from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.pipelines.assemble import MODEL_NAMES, Assembly, assemble, is_spatial_x2
+from diffsynth.pipelines.inputs import Clip, Inputs, Picture, Sound, load_inputs, request_fields
+from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
+from diffsynth.pipelines.parts import Parts
+from diffsynth.pipelines.progress import OnProgress, ProgressBar, ignore, with_bar
+from diffsynth.pipelines.result import Result, VideoFrames
+from diffsynth.pipelines.stages import guided, plan_stages
+from diffsynth.pipelines.state import GenerationState
+from diffsynth.pipelines.units import (
+    DecodeAudio,
+    DecodeVideo,
+    Denoise,
+    EncodeAudioInput,
+    EncodePrompts,
+    EncodeVideoInputs,
+    Unit,
+    Upsample,
+)
+from diffsynth.request import GenerateRequest, GuidanceParams, Region
+from diffsynth.sampling.conventions import get_conventions
+from diffsynth.sampling.noise import noise_source, resolve_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffsynth.pipelines.stages import Stage
+
+__all__ = ["GuidanceParams", "LTX2AudioVideoPipeline", "ModelConfig"]
+
+logger = logging.getLogger(__name__)
+
+GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
+
+
+class LTX2AudioVideoPipeline:
+    """LTX-2 and LTX-2.3 behind the call that DiffSynth-Studio made public.
+
+    Networks are attributes by their public names (``dit``, ``video_vae_decoder``, ``audio_vocoder``, ...).
+    Two pipelines can live in one process; nothing is shared between them.
+    """
+
+    default_negative_prompt: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("LTX-2", "LTX-2.3"), NEGATIVE_PROMPT
+    )
+
+    def __init__(
+        self, assembly: Assembly, *, stage2_lora: Lora | None = None, stage2_lora_strength: float = 0.8
+    ) -> None:
+        self.parts: Parts = assembly.parts
+        self._assembly = assembly
+        self._loras = LoraStack(self.parts.dit) if self.parts.dit is not None else None
+        self._stage2_lora = stage2_lora
+        self._stage2_lora_strength = stage2_lora_strength
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        model_configs: Sequence[ModelConfig] = (),
+        tokenizer_config: ModelConfig | None = None,
+        stage2_lora_config: ModelConfig | None = None,
+        stage2_lora_strength: float = 0.8,
+        vram_limit: float | None = None,
+    ) -> Self:
+        """Load a pipeline.
+
+        Args:
+            torch_dtype: what the networks compute in.
+            device: the best one of this machine if None.
+            model_configs: the files; what they hold is recognised from their content.
+            tokenizer_config: folder with the Gemma tokenizer; fetched by its public id if None.
+            stage2_lora_config: the distilled LoRA, active in the second stage only.
+            stage2_lora_strength: its strength.
+            vram_limit: device memory to stay under, in GB (2**30 bytes).
+
+        Raises:
+            RequestError: an argument that cannot work.
+            CheckpointError: files that are missing, damaged, unknown, or do not belong together.
+            DownloadError: a file could not be fetched.
+        """
+        if vram_limit is not None and not vram_limit > 0:
+            raise RequestError(
+                f"vram_limit={vram_limit} is not a positive number of GB", hint="vram_limit=7.5"
+            )
+        target = resolve_device(device)
+        tokenizer = tokenizer_config or ModelConfig(model_id=GEMMA_ID)
+        assembly = assemble(model_configs, tokenizer, target, torch_dtype)
+        lora = None
+        if stage2_lora_config is not None:
+            lora = _read_lora(assembly.parts, stage2_lora_config)
+        return cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
+
+    def __getattr__(self, name: str) -> Any:
+        """The networks by their public names."""
+        if name != "parts" and name in Parts.__dataclass_fields__:
+            return getattr(self.parts, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def load_lora(
+        self, module: nn.Module, lora: str | Path | ModelConfig | Mapping[str, Tensor], alpha: float = 1.0
+    ) -> LoraHandle:
+        """Activate a LoRA for all stages of the coming calls.
+
+        Args:
+            module: ``pipe.dit``, the only network that LoRAs of this family change.
+            lora: a file, a configuration, or tensors by key, in any known key format.
+            alpha: the strength; negative and above 1 are legal.
+
+        Raises:
+            RequestError: another module, or a strength that is no number.
+            CheckpointError: unreadable, nothing in it matches, or made for the other model version.
+        """
+        if self._loras is None or module is not self.parts.dit:
+            raise RequestError("load_lora changes the transformer only", hint="pipe.load_lora(pipe.dit, ...)")
+        return self._loras.add(_read_lora(self.parts, lora), alpha)
+
+    def clear_lora(self) -> None:
+        """Take all LoRAs of :meth:`load_lora` away; the weights are what they were, bit for bit."""
+        if self._loras is not None:
+            self._loras.clear()
+
+    def __call__(
+        self,
+        prompt: str = "",
+        negative_prompt: str = "",
+        denoising_strength: float = 1.0,
+        input_images: Sequence[Picture] | None = None,
+        input_images_indexes: Sequence[int] = (0,),
+        input_images_strength: float | Sequence[float] = 1.0,
+        input_images_crf: int | None = None,
+        in_context_videos: Sequence[Clip] | None = None,
+        in_context_downsample_factor: int = 2,
+        retake_video: Clip | None = None,
+        retake_video_regions: Sequence[Region] | None = None,
+        retake_audio: Sound | None = None,
+        audio_sample_rate: int = 48000,
+        retake_audio_regions: Sequence[Region] | None = None,
+        seed: int | None = None,
+        rand_device: str = "cpu",
+        height: int = 512,
+        width: int = 768,
+        num_frames: int = 121,
+        frame_rate: float = 24,
+        audio_only: bool = False,
+        cfg_scale: float | None = None,
+        video_guidance: GuidanceParams | None = None,
+        audio_guidance: GuidanceParams | None = None,
+        num_inference_steps: int | None = None,
+        tiled: bool = True,
+        tile_size_in_pixels: int = 512,
+        tile_overlap_in_pixels: int = 128,
+        tile_size_in_frames: int = 128,
+        tile_overlap_in_frames: int = 24,
+        use_two_stage_pipeline: bool = False,
+        stage2_spatial_upsample_factor: float = 2,
+        clear_lora_before_state_two: bool = False,
+        use_distilled_pipeline: bool = False,
+        conventions: str = "official",
+        progress_bar_cmd: ProgressBar = tqdm,
+        on_progress: OnProgress = ignore,
+    ) -> tuple[VideoFrames | None, Tensor | None]:
+        """Generate a video with sound.
+
+        The arguments are the fields of :class:`~diffsynth.request.GenerateRequest`, where each is explained
+        (``diffsynth generate --help`` shows the same text).  Pictures may be PIL images or paths, clips lists
+        of PIL images or paths, sounds float tensors (channels, samples) or paths.
+
+        Args:
+            progress_bar_cmd: wraps the list of timesteps of each stage; ``lambda x: x`` shows nothing.
+            on_progress: called after every step of every phase.
+
+        Returns:
+            ``num_frames`` PIL RGB images, and float32 samples (2, samples) on the CPU.  Both carry what a
+            writer needs: ``video.frame_rate``, ``video.record``, ``audio.sampling_rate``.  The video is None
+            with ``audio_only``.
+
+        Raises:
+            RequestError: an argument that cannot work; raised before any weight is touched.
+            CheckpointError: a part that this request needs was not loaded.
+        """
+        arguments = dict(locals())
+        for name in ("self", "progress_bar_cmd", "on_progress"):
+            del arguments[name]
+        request = GenerateRequest(**request_fields(arguments)).validate()
+        inputs = load_inputs(
+            request,
+            input_images=input_images or (),
+            in_context_videos=in_context_videos or (),
+            retake_video=retake_video,
+            retake_audio=retake_audio,
+        )
+        result = self.generate(request, inputs, with_bar(progress_bar_cmd, on_progress))
+        return result.frames, result.audio_tensor()
+
+    @torch.inference_mode()
+    def generate(
+        self, request: GenerateRequest, inputs: Inputs | None = None, on_progress: OnProgress = ignore
+    ) -> Result:
+        """Run a request; :meth:`__call__` is this with arguments instead of a request.
+
+        Raises:
+            RequestError: an argument that cannot work; raised before any weight is touched.
+            CheckpointError: a part that this request needs was not loaded.
+        """
+        request.validate()
+        request = replace(request, seed=resolve_seed(request.seed))
+        assert request.seed is not None
+        conventions = get_conventions(request.conventions)
+        stages = plan_stages(request, self.parts.version)
+        units = self._units(request, stages)
+        self.check(request, units)
+        state = GenerationState(
+            request=request,
+            inputs=inputs or Inputs(),
+            conventions=conventions,
+            stages=stages,
+            noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
+            audio_shape=self._audio_shape(request),
+            on_progress=on_progress,
+        )
+        for unit in units:
+            unit.run(self.parts, state)
+        record = self._record(request)
+        frames = None
+        if state.frames is not None:
+            frames = VideoFrames(state.frames, frame_rate=request.frame_rate, record=record)
+        return Result(
+            request=request,
+            frames=frames,
+            waveform=state.waveform,
+            video_latent=state.video_latent,
+            audio_latent=state.audio_latent,
+            record=record,
+        )
+
+    def check(self, request: GenerateRequest, units: Sequence[Unit] | None = None) -> None:
+        """Everything that a request needs of this pipeline, before any of it runs.
+
+        Raises:
+            RequestError, CheckpointError: see :meth:`generate`.
+        """
+        units = self._units(request, plan_stages(request, self.parts.version)) if units is None else units
+        if request.tiled:
+            TileConfig(
+                request.tile_size_in_pixels,
+                request.tile_overlap_in_pixels,
+                request.tile_size_in_frames,
+                request.tile_overlap_in_frames,
+            )
+        if audio_latent_frames(request.num_frames, request.frame_rate) < 1:
+            raise RequestError(
+                f"num_frames={request.num_frames} at frame_rate={request.frame_rate} is too short for sound",
+                hint="num_frames=9 or more",
+            )
+        if request.use_two_stage_pipeline:
+            self._check_two_stages(request)
+        if self._assembly.says_distilled and guided(request):
+            raise RequestError(
+                f"{self._assembly.sources['dit']} is a distilled checkpoint, but guidance is asked for",
+                hint="use_distilled_pipeline=True, or cfg_scale=1, or a dev checkpoint",
+            )
+        if request.use_distilled_pipeline and request.num_inference_steps is not None:
+            logger.info("num_inference_steps is not used: a distilled model has its own list of steps")
+        if not request.prompt.strip():
+            logger.info("the prompt is empty: the model chooses what to show")
+        self.parts.require(dict.fromkeys(name for unit in units for name in unit.needs))
+
+    def _audio_shape(self, request: GenerateRequest) -> tuple[int, int, int, int] | None:
+        decoder = self.parts.audio_vae_decoder
+        if decoder is None or not self.parts.has_audio:
+            return None
+        frames = audio_latent_frames(request.num_frames, request.frame_rate)
+        return (1, decoder.config.z_channels, frames, decoder.config.latent_bins)
+
+    def _check_two_stages(self, request: GenerateRequest) -> None:
+        model = MODEL_NAMES[self.parts.version]
+        if self.parts.upsampler is None:
+            raise RequestError(
+                "use_two_stage_pipeline needs a latent upsampler",
+                hint=f"add the spatial upscaler x2 of Lightricks/{model} to model_configs",
+            )
+        if not is_spatial_x2(self.parts.upsampler.config):
+            raise RequestError(
+                f"{self._assembly.sources['upsampler']} does not double height and width, as two stages need",
+                hint=f"the spatial upscaler x2 of Lightricks/{model}",
+            )
+        if self._stage2_lora is None and not request.use_distilled_pipeline:
+            raise RequestError(
+                "use_two_stage_pipeline with a dev checkpoint needs stage2_lora_config",
+                hint=f"the distilled LoRA of Lightricks/{model}, or a distilled checkpoint and "
+                "use_distilled_pipeline=True",
+            )
+
+    def _units(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
+        """The units of a request, in the order in which they run."""
+        has_video_inputs = (
+            request.input_images or request.in_context_videos or request.retake_video is not None
+        )
+        units: list[Unit] = [EncodePrompts()]
+        if request.retake_audio is not None:
+            units.append(EncodeAudioInput())
+        for stage in stages:
+            if stage.number > 1:
+                units.append(Upsample())
+            if has_video_inputs:
+                units.append(EncodeVideoInputs(stage))
+            units.append(Denoise(stage, self._stage_loras(request, stage)))
+        if not request.audio_only:
+            units.append(DecodeVideo())
+        if self.parts.has_audio:
+            units.append(DecodeAudio())
+        return units
+
+    def _stage_loras(self, request: GenerateRequest, stage: "Stage") -> AbstractContextManager[object]:
+        """What changes the LoRAs for the length of a stage."""
+        loras, distilled = self._loras, self._stage2_lora
+        if loras is None or stage.number == 1:
+            return nullcontext()
+        lora = None if request.use_distilled_pipeline else distilled
+        return _second_stage(loras, lora, self._stage2_lora_strength, request.clear_lora_before_state_two)
+
+    def _record(self, request: GenerateRequest) -> dict[str, Any]:
+        """What made a result: it goes into the metadata of the file."""
+        loras = {
+            handle.source: strength
+            for handle, strength in (self._loras.active if self._loras else {}).items()
+        }
+        if (
+            self._stage2_lora is not None
+            and request.use_two_stage_pipeline
+            and not request.use_distilled_pipeline
+        ):
+            loras[f"{self._stage2_lora.report.source} (stage 2)"] = self._stage2_lora_strength
+        return {
+            "diffsynth": __version__,
+            "model": MODEL_NAMES[self.parts.version],
+            "files": dict(self._assembly.sources),
+            "loras": loras,
+            "request": request.to_dict(),
+        }
+
+
+@contextmanager
+def _second_stage(loras: LoraStack, lora: Lora | None, strength: float, alone: bool) -> "Iterator[None]":
+    """The distilled LoRA for a while; with ``alone`` the user's own ones are silent meanwhile."""
+    strengths = loras.active
+    with nullcontext() if lora is None else loras.scoped(lora, strength):
+        try:
+            for handle in strengths if alone else ():
+                loras.set_strength(handle, 0.0)
+            yield
+        finally:
+            for handle, before in strengths.items():
+                loras.set_strength(handle, before)
+
+
+def _read_lora(parts: Parts, source: str | Path | ModelConfig | Mapping[str, Tensor]) -> Lora:
+    """Read a LoRA for the transformer.
+
+    Raises:
+        CheckpointError: no transformer to put it on, unreadable, or made for the other model version.
+    """
+    parts.require(["dit"])
+    assert parts.dit is not None
+    shapes = linear_shapes(parts.dit)
+    if isinstance(source, ModelConfig):
+        source.validate()
+        source = source.state_dict if source.state_dict is not None else source.resolve()[0]
+    lora = read_lora(source, shapes.keys(), shapes)
+    logger.info("%s", lora.report)
+    model = MODEL_NAMES[parts.version]
+    if lora.report.made_for not in (None, model):
+        raise CheckpointError(
+            f"{lora.report.source} was made for {lora.report.made_for}, the model is {model}",
+            hint=f"a LoRA for {model}",
+        )
+    return lora

@@ -1,0 +1,51 @@
+"""What a generation works on: the request with its inputs, and what the units have made so far."""
+
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.conditioning.items import ConditioningItem
+from diffsynth.conditioning.text import PromptContext
+from diffsynth.pipelines.inputs import Inputs
+from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.pipelines.stages import Stage
+from diffsynth.request import GenerateRequest
+from diffsynth.sampling.conventions import Conventions
+from diffsynth.sampling.noise import NoiseSource
+from diffsynth.utils.audio import Waveform
+
+
+@dataclass(kw_only=True)
+class GenerationState:
+    """Filled unit by unit.
+
+    Attributes:
+        noise: the run's one source of noise; it moves on with every draw.
+        positive, negative: contexts of the prompts; ``negative`` stays None when nothing is guided.
+        video_items, audio_items: conditionings of the coming stage.
+        video_latent, audio_latent: normalised latents (1, C, F, H, W) and (1, C, T, M): the start of the
+            coming stage, then its result.
+        audio_shape: (1, C, T, M) of the audio latent; None for a model without sound.
+        frames: decoded pictures; waveform: decoded sound.
+    """
+
+    request: GenerateRequest
+    inputs: Inputs
+    conventions: Conventions
+    stages: tuple[Stage, ...]
+    noise: NoiseSource
+    audio_shape: tuple[int, int, int, int] | None = None
+    on_progress: OnProgress = ignore
+    positive: PromptContext | None = None
+    negative: PromptContext | None = None
+    video_items: list[ConditioningItem] = field(default_factory=list)
+    audio_items: list[ConditioningItem] = field(default_factory=list)
+    video_latent: Tensor | None = None
+    audio_latent: Tensor | None = None
+    frames: list[Image.Image] | None = None
+    waveform: Waveform | None = None
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Tell the caller where a phase stands."""
+        self.on_progress(Progress(phase=phase, done=done, total=total))

@@ -1,0 +1,347 @@
+"""The units of a generation.  Each names the parts it needs, does one thing, and can be run alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.conditioning.items import (
+    ConditioningItem,
+    Frozen,
+    Keyframe,
+    LatentAtIndex,
+    ReferenceClip,
+    TemporalRegion,
+    apply_items,
+)
+from diffsynth.conditioning.state import ModalityState
+from diffsynth.conditioning.text import encode_prompts
+from diffsynth.conditioning.tokens import video_latent_shape
+from diffsynth.errors import RequestError
+from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
+from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.models.ltx2.upsampler import upsample_latent
+from diffsynth.models.ltx2.video_tiling import decode_tiles, encode_tiled
+from diffsynth.models.ltx2.video_vae import to_uint8
+from diffsynth.models.ltx2.vocoder import decode_audio
+from diffsynth.pipelines.denoiser import Denoiser
+from diffsynth.pipelines.parts import Parts
+from diffsynth.pipelines.progress import Denoised, Progress
+from diffsynth.pipelines.stages import Stage, guided
+from diffsynth.pipelines.state import GenerationState
+from diffsynth.request import GenerateRequest, Region
+from diffsynth.sampling.conventions import ImageFit
+from diffsynth.sampling.loops import Step, euler
+from diffsynth.sampling.noise import add_noise
+from diffsynth.utils.audio import Waveform
+from diffsynth.utils.images import compress_round_trip, fit_image
+
+DEFAULT_CRF = 33
+"""H.264 quality of the round trip of stills up to LTX-2.3: the models were trained on frames of videos."""
+
+
+class Unit(Protocol):
+    """One step of a generation."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the parts that must be there."""
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Read from the state and write into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePrompts:
+    """Prompt, and negative prompt if anything is guided -> contexts."""
+
+    needs: tuple[str, ...] = ("tokenizer", "text_encoder", "text_encoder_post_modules")
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Encode both prompts in one pass through the text model."""
+        assert parts.tokenizer is not None
+        assert parts.text_encoder is not None
+        assert parts.text_encoder_post_modules is not None
+        request = state.request
+        prompts = [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
+        state.report("encode prompt", 0, 1)
+        contexts = encode_prompts(
+            parts.text_encoder,
+            parts.text_encoder_post_modules,
+            parts.tokenizer,
+            prompts,
+            device=parts.device,
+            dtype=parts.dtype,
+        )
+        state.positive = contexts[0]
+        state.negative = contexts[1] if len(contexts) > 1 else None
+        state.report("encode prompt", 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeVideoInputs:
+    """Pictures, reference clips and the retaken clip -> conditioning items at the size of a stage."""
+
+    stage: Stage
+    needs: tuple[str, ...] = ("video_vae_encoder",)
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Fill ``video_items``, and ``video_latent`` of the first stage when a clip is retaken."""
+        request, inputs = state.request, state.inputs
+        total = len(inputs.images) + len(inputs.in_context_videos) + (inputs.retake_video is not None)
+        phase = f"encode inputs of stage {self.stage.number}"
+        state.report(phase, 0, total)
+        items: list[ConditioningItem] = []
+        for done, item in enumerate(self._items(parts, state), 1):
+            items.append(item)
+            state.report(phase, done, total)
+        state.video_items = items
+        if inputs.retake_video is not None and not request.retake_video_regions:
+            state.video_items.append(Frozen())
+
+    def _items(self, parts: Parts, state: GenerationState) -> Iterator[ConditioningItem]:
+        request, inputs, stage = state.request, state.inputs, self.stage
+        if inputs.retake_video is not None:
+            latent = self._encode(parts, state, inputs.retake_video, stage.height, stage.width)
+            if stage.number == 1:
+                state.video_latent = latent
+            if request.retake_video_regions:
+                yield TemporalRegion(regions=request.retake_video_regions)
+        crf = DEFAULT_CRF if request.input_images_crf is None else request.input_images_crf
+        for image, frame, strength in zip(
+            inputs.images, request.image_frames(), request.image_strengths(), strict=True
+        ):
+            latent = self._encode(parts, state, [image], stage.height, stage.width, crf)
+            if frame == 0:
+                yield LatentAtIndex(latent=latent, strength=strength)
+            else:
+                yield Keyframe(latent=latent, frame_index=frame, strength=strength)
+        if stage.number == 1:
+            factor = request.in_context_downsample_factor
+            for clip in inputs.in_context_videos:
+                latent = self._encode(parts, state, clip, stage.height // factor, stage.width // factor)
+                yield ReferenceClip(latent=latent, downscale_factor=factor)
+
+    def _encode(
+        self,
+        parts: Parts,
+        state: GenerationState,
+        frames: Sequence[Image.Image],
+        height: int,
+        width: int,
+        crf: int = 0,
+    ) -> Tensor:
+        """Frames -> float32 latent (1, C, F', H', W') at a size in pixels."""
+        assert parts.video_vae_encoder is not None
+        pixels = torch.cat(
+            [_pixels(f, height, width, crf, state.conventions.image_fit) for f in frames], dim=2
+        )
+        if state.request.tiled:
+            latent = encode_tiled(
+                parts.video_vae_encoder,
+                pixels,
+                _tiling(state.request),
+                device=parts.device,
+                dtype=parts.dtype,
+            )
+        else:
+            latent = parts.video_vae_encoder(pixels.to(device=parts.device, dtype=parts.dtype))
+        return latent.float()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeAudioInput:
+    """A given sound -> the initial audio latent and what of it is kept."""
+
+    needs: tuple[str, ...] = ("audio_vae_encoder",)
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Fill ``audio_latent`` and ``audio_items``."""
+        assert parts.audio_vae_encoder is not None
+        assert state.inputs.retake_audio is not None
+        encoder, sound, request = parts.audio_vae_encoder, state.inputs.retake_audio, state.request
+        state.report("encode audio", 0, 1)
+        mel_config = encoder.config.mel
+        mel = log_mel(prepare_waveform(sound.samples, sound.sampling_rate, mel_config), mel_config)
+        latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
+        assert state.audio_shape is not None
+        state.audio_latent = fit_audio_latent(latent, state.audio_shape[2])
+        state.audio_items = audio_items(request.retake_audio_regions)
+        state.report("encode audio", 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Denoise:
+    """Noise, conditionings and prompt -> the latents of a stage.
+
+    ``lora``: entered for the length of the stage, such as the distilled LoRA of the second stage.
+    """
+
+    stage: Stage
+    lora: AbstractContextManager[object] = field(default_factory=nullcontext)
+    needs: tuple[str, ...] = ("dit",)
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Replace ``video_latent`` and ``audio_latent`` by the result of the stage."""
+        assert parts.dit is not None
+        assert state.positive is not None
+        stage, conventions = self.stage, state.conventions
+        video = None if state.request.audio_only else self._noisy(self._video(parts, state), state)
+        audio = None
+        if state.audio_shape is not None:
+            audio = self._noisy(self._audio(state.audio_shape, parts, state), state)
+        denoiser = Denoiser(
+            transformer=parts.dit,
+            positive=state.positive,
+            negative=state.negative,
+            video_guidance=stage.video_guidance,
+            audio_guidance=stage.audio_guidance,
+            conventions=conventions,
+            dtype=parts.dtype,
+        )
+        phase = f"denoise stage {stage.number}"
+        start = Denoised(stage=stage, video=video, audio=audio)
+        state.on_progress(Progress(phase=phase, done=0, total=stage.steps, denoised=start))
+
+        def on_step(step: Step[ModalityState]) -> None:
+            denoised = Denoised(
+                stage=stage,
+                video=step.video,
+                audio=step.audio,
+                sigma=step.sigma,
+                video_x0=step.video_x0,
+                audio_x0=step.audio_x0,
+            )
+            state.on_progress(
+                Progress(phase=phase, done=step.index + 1, total=stage.steps, denoised=denoised)
+            )
+
+        with self.lora:
+            video, audio = euler(
+                denoiser, video, audio, stage.sigmas, masked_step=conventions.masked_step, on_step=on_step
+            )
+        state.video_latent = None if video is None else video.unpatchified()
+        state.audio_latent = None if audio is None else audio.unpatchified()
+        state.video_items = []
+
+    def _video(self, parts: Parts, state: GenerationState) -> ModalityState:
+        assert parts.dit is not None
+        grid = video_latent_shape(state.request.num_frames, self.stage.height, self.stage.width)
+        video = ModalityState.video(
+            (1, parts.dit.config.in_channels, *grid),
+            state.request.frame_rate,
+            latent=state.video_latent,
+            device=parts.device,
+        )
+        return apply_items(video, state.video_items, state.conventions)
+
+    def _audio(self, shape: tuple[int, int, int, int], parts: Parts, state: GenerationState) -> ModalityState:
+        audio = ModalityState.audio(shape, latent=state.audio_latent, device=parts.device)
+        return apply_items(audio, state.audio_items, state.conventions)
+
+    def _noisy(self, stream: ModalityState, state: GenerationState) -> ModalityState:
+        return add_noise(stream, state.noise, self.stage.noise_scale, state.conventions.noiser)
+
+
+@dataclass(frozen=True, slots=True)
+class Upsample:
+    """The video latent of the first stage -> twice the height and width."""
+
+    needs: tuple[str, ...] = ("upsampler", "video_vae_decoder")
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Replace ``video_latent``."""
+        assert parts.upsampler is not None
+        assert parts.video_vae_decoder is not None
+        assert state.video_latent is not None
+        state.report("upsample", 0, 1)
+        statistics = parts.video_vae_decoder.per_channel_statistics
+        latent = state.video_latent.to(device=parts.device, dtype=parts.dtype)
+        state.video_latent = upsample_latent(parts.upsampler, statistics, latent).float()
+        state.report("upsample", 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeVideo:
+    """The video latent -> frames; tile by tile they leave the device as 8-bit pictures."""
+
+    needs: tuple[str, ...] = ("video_vae_decoder",)
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Fill ``frames``."""
+        assert parts.video_vae_decoder is not None
+        assert state.video_latent is not None
+        latent = state.video_latent.to(device=parts.device, dtype=parts.dtype)
+        tiling = _tiling(state.request) if state.request.tiled else TileConfig(None, None, None, None)
+        state.report("decode video", 0, 1)
+        chunks = decode_tiles(
+            parts.video_vae_decoder,
+            latent,
+            tiling,
+            on_tile=lambda done, total: state.report("decode video", done, total),
+        )
+        state.frames = [Image.fromarray(frame) for chunk in chunks for frame in _as_pictures(chunk)]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAudio:
+    """The audio latent -> sound; a sound that was given and kept whole is handed back as it came."""
+
+    needs: tuple[str, ...] = ("audio_vae_decoder", "audio_vocoder")
+
+    def run(self, parts: Parts, state: GenerationState) -> None:
+        """Fill ``waveform``."""
+        assert parts.audio_vae_decoder is not None
+        assert parts.audio_vocoder is not None
+        assert state.audio_latent is not None
+        request, given = state.request, state.inputs.retake_audio
+        if given is not None and not request.retake_audio_regions:
+            state.waveform = given.cut(request.num_frames / request.frame_rate)
+            return
+        state.report("decode audio", 0, 1)
+        latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
+        samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
+        state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
+        state.report("decode audio", 1, 1)
+
+
+def audio_items(regions: Sequence[Region]) -> list[ConditioningItem]:
+    """What is kept of a given sound: all of it, or what lies outside the regions."""
+    return [TemporalRegion(regions=tuple(regions))] if regions else [Frozen()]
+
+
+def fit_audio_latent(latent: Tensor, frames: int) -> Tensor:
+    """Cut (B, C, T, M) to ``frames``, or append zeros: encoded sound is a little longer than the video.
+
+    Raises:
+        RequestError: there is no sound at all.
+    """
+    if latent.shape[2] == 0:
+        raise RequestError("retake_audio is empty", hint="a sound of the length of the video")
+    missing = frames - latent.shape[2]
+    return latent[:, :, :frames] if missing <= 0 else torch.nn.functional.pad(latent, (0, 0, 0, missing))
+
+
+def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit) -> Tensor:
+    """(1, 3, 1, H, W) float32; the compression comes before cropping, but after stretching."""
+    if fit is ImageFit.STRETCH:
+        return fit_image(compress_round_trip(image.resize((width, height)), crf), height, width, "stretch")
+    return fit_image(compress_round_trip(image, crf), height, width, "crop")
+
+
+def _tiling(request: GenerateRequest) -> TileConfig:
+    return TileConfig(
+        request.tile_size_in_pixels,
+        request.tile_overlap_in_pixels,
+        request.tile_size_in_frames,
+        request.tile_overlap_in_frames,
+    )
+
+
+def _as_pictures(chunk: Tensor) -> Iterator[object]:
+    """(1, 3, f, H, W) float -> f arrays (H, W, 3) uint8 on the CPU."""
+    yield from to_uint8(chunk[0]).permute(1, 2, 3, 0).cpu().numpy()

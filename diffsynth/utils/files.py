@@ -1,0 +1,120 @@
+"""Writing files so that a final name always means a complete file."""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffsynth.errors import OutputError
+
+_NAME_SHOWN = 80
+_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its name when the ``with`` block ends well.
+
+    The block writes to the path that it is given, which exists and is empty, and closes it.  The content is
+    flushed to the disk before the name changes, so that a power cut leaves the old file or the new one.  After
+    any exception, also KeyboardInterrupt, nothing is left and an older file of that name is untouched.
+
+    Raises:
+        OutputError: the folder is missing or not writable, the disk is full, or the name cannot be taken.
+        Other exceptions of the block pass unchanged.
+    """
+    # A link keeps pointing at its file; the replacement happens where the file is.
+    final = Path(os.path.realpath(path))
+    temporary = _create_beside(final, Path(path))
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(final)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and _is_about(error, temporary):
+            raise output_error(path, error) from error
+        raise
+    _flush_folder(final.parent)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file atomically; text as UTF-8.  Raises OutputError as :func:`atomic_file`."""
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_writable(path: str | Path) -> Path:
+    """Make sure, by trying, that a file can be created beside ``path``; nothing stays behind.
+
+    Returns: ``path`` as a Path.
+    Raises:
+        OutputError: the folder is missing or not writable, or ``path`` is a folder or a device.
+    """
+    shown = Path(path)
+    final = Path(os.path.realpath(path))
+    if final.exists() and not final.is_file():
+        kind = "a folder" if final.is_dir() else "not an ordinary file"
+        raise OutputError(f"{shown} is {kind}", hint="another file name")
+    _create_beside(final, shown).unlink()
+    return shown
+
+
+def output_error(path: str | Path, error: OSError) -> OutputError:
+    """The error for the user when writing ``path`` failed with ``error``."""
+    folder = Path(path).parent
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    hints = {
+        errno.ENOENT: f"create the folder {folder}",
+        errno.ENOTDIR: f"another folder: {folder} is not one",
+        errno.EACCES: f"a folder that you may write to, {folder} is not",
+        errno.EPERM: f"a folder that you may write to, {folder} is not",
+        errno.EROFS: f"a folder that you may write to, {folder} is not",
+        errno.ENAMETOOLONG: "a shorter file name",
+        **dict.fromkeys(_OUT_OF_SPACE, f"free space in {folder}, or another disk"),
+    }
+    hint = hints.get(error.errno or 0, "another folder")
+    return OutputError(f"{path} could not be written: {reason}", hint=hint)
+
+
+def _create_beside(final: Path, shown: Path) -> Path:
+    """A new empty file in the folder of ``final``, with the access rights that a new file gets there."""
+    name = f".{final.name[:_NAME_SHOWN]}.{secrets.token_hex(4)}.part"
+    temporary = final.with_name(name)
+    try:
+        # The name itself must be possible too, or the failure would come after all the work.
+        final.exists()
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise output_error(shown, error) from error
+    return temporary
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # The file is complete under its name; some systems cannot open or flush a folder, and that is no failure.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_about(error: OSError, temporary: Path) -> bool:
+    """Whether an error of the block is about writing this file, and not about something it read."""
+    if error.errno in _OUT_OF_SPACE:
+        return True
+    names = {os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, Path))}
+    return str(temporary) in names

@@ -1,0 +1,47 @@
+"""Golden cases on any device: what a runner computes there, to be compared bit by bit with the CPU."""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.runners.case import Case, Tolerance
+from tests.runners.registry import RUNNERS
+
+
+class RecordingCase(Case):
+    """A case whose tensors lie on a device, and that keeps what it is asked to compare."""
+
+    recorded: dict[str, Tensor]
+
+    @classmethod
+    def on(cls, path: Path, device: torch.device) -> "RecordingCase":
+        """Weights and inputs move to ``device``; float64 inputs stay on the host, as in the pipelines."""
+        case = cls.load(path)
+        assert isinstance(case, RecordingCase)
+        case.recorded = {}
+        for key, tensor in case.tensors.items():
+            if key.startswith(("in/", "weights/")) and tensor.dtype != torch.float64:
+                case.tensors[key] = tensor.to(device, copy=True)
+        return case
+
+    def compare(
+        self, name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance | None = None
+    ) -> None:
+        """Keep ``actual`` instead of comparing it."""
+        self.recorded[name] = actual.detach().cpu().clone()
+
+
+def computed_on(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Everything that the case's runner compares, computed on ``device``."""
+    case = RecordingCase.on(path, device)
+    module, _, function = RUNNERS[case.component].partition(":")
+    with torch.inference_mode():
+        getattr(import_module(f"tests.runners.{module}"), function)(case)
+    return case.recorded
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape, dtype and every bit; NaNs of one pattern are equal."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
