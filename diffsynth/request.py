@@ -157,6 +157,8 @@ class GenerateRequest:
 
     def image_frames(self) -> tuple[int, ...]:
         """One frame index per image, negative ones resolved: -1 is the last frame."""
+        if not self.input_images:
+            return ()
         return tuple(i + self.num_frames if i < 0 else i for i in self.input_images_indexes)
 
     @property

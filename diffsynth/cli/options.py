@@ -134,7 +134,8 @@ def _parse(field: Field[Any], value: Any) -> Any:
 def _guidance(name: str, text: str) -> GuidanceParams:
     try:
         values = json.loads(text)
-        return GuidanceParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        frozen: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return GuidanceParams(**frozen)
     except (ValueError, TypeError, AttributeError) as error:
         raise RequestError(
             f"--{name.replace('_', '-')}: {error}", hint="""'{"cfg_scale": 3, "rescale_scale": 0.7}'"""

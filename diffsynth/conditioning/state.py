@@ -127,8 +127,8 @@ class ModalityState:
 
     def timesteps(self, sigma: float) -> Tensor:
         """Noise level of every token, ``mask * sigma``: (B, T, 1) float32, expanded where the mask is."""
-        if self.mask.stride(1) == 0:
-            return (self.mask[:, :1] * sigma).expand_as(self.mask)
+        if self.mask.stride(0) == self.mask.stride(1) == 0:
+            return (self.mask[:1, :1] * sigma).expand_as(self.mask)
         return self.mask * sigma
 
     def sigma_shown(self, sigma: float, rule: FrozenSigma = FrozenSigma.ZERO) -> float:

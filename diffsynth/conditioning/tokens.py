@@ -34,7 +34,8 @@ def video_latent_shape(num_frames: int, height: int, width: int) -> Grid:
     grid = ((num_frames - 1) // VIDEO_SCALE[0] + 1, height // VIDEO_SCALE[1], width // VIDEO_SCALE[2])
     if min(grid) < 1:
         raise RequestError(
-            f"{height}x{width}, {num_frames} frames is less than one latent cell", hint="32x32"
+            f"{num_frames} frames of {width}x{height} are less than one latent cell",
+            hint="at least 1 frame of 32x32 pixels",
         )
     return grid
 

@@ -11,6 +11,7 @@ tensor data, row-major, without holes.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 4 * 2**20
 """Size of the staging buffer when a tensor is converted or moved while it is read."""
 
 # Bits per element of every dtype that the format knows.
@@ -176,7 +177,11 @@ class SafetensorsFile:
         shape = entry.shape or (1,)
         row_bytes = (entry.end - entry.begin) // max(shape[0], 1)
         step = max(1, piece_bytes // max(row_bytes, 1))
-        buffer = torch.empty(min(step, shape[0]) * row_bytes, dtype=torch.uint8)
+        size = min(step, shape[0]) * row_bytes
+        if not size:
+            return
+        # Not from the heap: between tensors that stay, freed pieces would leave holes that nothing fills.
+        buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
             flat = buffer[: (last - first) * row_bytes]
@@ -266,11 +271,9 @@ def _refuse_by_content(path: Path, start: bytes) -> None:
     """Files that are something else entirely, named for what they are."""
     if not start:
         raise CheckpointError(f"{path}: the file is empty", hint=_AGAIN)
-    pickled = start.startswith(b"PK\x03\x04") or (
-        start[0] == 0x80 and len(start) > 1 and start[1] in range(2, 6)
-    )
-    # A header of 640 to 1407 bytes also begins with 0x80, 2..5; then the JSON's brace follows the length.
-    if pickled and start[8:9] != b"{":
+    if start[8:9] == b"{":
+        return  # a header after its length, whose bytes can look like the beginning of anything
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise CheckpointError(
             f"{path}: a Python pickle under another name; opening it could run code",
             hint="use the .safetensors file of the same model",

@@ -76,7 +76,7 @@ def assemble(
     opened = [config.open() for config in model_configs]
     version = _common_version(opened)
     located = {kind: _locate(kind, files) for kind, files in sort_networks(opened).items()}
-    sources = {PART_OF[kind]: weights.files.name for kind, weights in located.items()}
+    sources = {PART_OF[kind]: _shown(weights.files) for kind, weights in located.items()}
     if NetworkKind.UPSAMPLER in located and NetworkKind.TRANSFORMER in located:
         _check_upsampler(located[NetworkKind.UPSAMPLER], version)
     parts = Parts(device=device, dtype=dtype, version=version)
@@ -129,6 +129,12 @@ def _check_upsampler(upsampler: NetworkWeights, version: ModelVersion) -> None:
             f"{upsampler.files.name} belongs to {MODEL_NAMES[made_for]}, the model is {MODEL_NAMES[version]}",
             hint=f"the spatial upscaler x2 of Lightricks/{MODEL_NAMES[version]}",
         )
+
+
+def _shown(files: WeightFiles) -> str:
+    """File names without their folders: they end up in videos that people publish."""
+    names = [path.name for path in files.paths]
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else (names or [files.name])[0]
 
 
 def _folder(resolved: Sequence[Path]) -> Path:

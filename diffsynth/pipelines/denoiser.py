@@ -1,7 +1,7 @@
 """From two noisy states to two guided estimates: the door between the samplers and the transformer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from diffsynth.conditioning.text import PromptContext
 from diffsynth.models.ltx2.streams import CrossTimestep, Modality, Pass, Perturbation, SkipKind
 from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.request import GuidanceParams
-from diffsynth.sampling.conventions import Conventions, FrozenSigma
+from diffsynth.sampling.conventions import Conventions
 from diffsynth.sampling.guidance import PassKind, combine, guidance_passes, skips_step
 from diffsynth.sampling.steps import x0_from_velocity
 
@@ -27,8 +27,6 @@ class Denoiser:
     Attributes:
         positive, negative: contexts of the prompt; ``negative`` may be None when no pass needs it.
         dtype: what the network computes in; the states keep their own dtype.
-        frozen: "video" and "audio" as far as they are given and kept: they show the network the sigma of the
-            convention, and their unconditional pass keeps the positive context.
     """
 
     transformer: LTX2Transformer
@@ -38,7 +36,6 @@ class Denoiser:
     audio_guidance: GuidanceParams
     conventions: Conventions
     dtype: torch.dtype
-    frozen: frozenset[str] = frozenset()
     _last: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -53,7 +50,8 @@ class Denoiser:
         if awake:
             kinds = guidance_passes(awake.get("video"), awake.get("audio"))
             streams = {name: self._stream(name, state, sigma) for name, state in states.items()}
-            passes = [self._pass(kind, streams, skipped) for kind in kinds]
+            frozen = {name for name, state in states.items() if state.frozen}
+            passes = [self._pass(kind, streams, frozen, skipped) for kind in kinds]
             velocities = self.transformer.forward_passes(
                 passes, cross_timestep=CrossTimestep(self.conventions.cross_timestep)
             )
@@ -68,9 +66,7 @@ class Denoiser:
 
     def _stream(self, name: str, state: ModalityState, sigma: float) -> Modality:
         """The stream of the conditional pass; the other passes differ from it in context only."""
-        shown = sigma
-        if name in self.frozen and self.conventions.frozen_sigma is FrozenSigma.ZERO:
-            shown = 0.0
+        shown = state.sigma_shown(sigma, self.conventions.frozen_sigma)
         latent = state.latent.to(self.dtype)
         return Modality(
             latent=latent,
@@ -81,7 +77,10 @@ class Denoiser:
             attention_mask=state.attention,
         )
 
-    def _pass(self, kind: PassKind, streams: Mapping[str, Modality], skipped: set[str]) -> Pass:
+    def _pass(
+        self, kind: PassKind, streams: Mapping[str, Modality], frozen: set[str], skipped: set[str]
+    ) -> Pass:
+        """One guidance pass; a frozen stream keeps the positive context in the unconditional one."""
         perturbations: tuple[Perturbation, ...] = ()
         if kind is PassKind.PERTURBED:
             perturbations = tuple(
@@ -97,17 +96,9 @@ class Denoiser:
         own: dict[str, Modality] = {}
         for name, stream in streams.items():
             context = stream.context
-            if kind is PassKind.UNCOND and self.negative is not None and name not in self.frozen:
+            if kind is PassKind.UNCOND and self.negative is not None and name not in frozen:
                 context = _context(self.negative, name)
-            own[name] = Modality(
-                latent=stream.latent,
-                sigma=stream.sigma,
-                timesteps=stream.timesteps,
-                positions=stream.positions,
-                context=context,
-                attention_mask=stream.attention_mask,
-                enabled=name not in skipped,
-            )
+            own[name] = replace(stream, context=context, enabled=name not in skipped)
         batch = next(iter(streams.values())).latent.shape[0]
         return Pass(
             video=own.get("video"),

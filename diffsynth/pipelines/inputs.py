@@ -63,7 +63,7 @@ def load_inputs(
             hint=f"num_frames={(len(retaken) - 1) // 8 * 8 + 1}" if retaken else "a clip with frames",
         )
     return Inputs(
-        images=tuple(load_image(image, "input_images") for image in input_images),
+        images=tuple(load_image(image, argument="input_images") for image in input_images),
         in_context_videos=tuple(_clip("in_context_videos", c, request.num_frames) for c in in_context_videos),
         retake_video=retaken,
         retake_audio=None if retake_audio is None else _sound(retake_audio, request.audio_sample_rate),
@@ -72,8 +72,10 @@ def load_inputs(
 
 def _clip(argument: str, value: Clip, frame_cap: int) -> tuple[Image.Image, ...]:
     if isinstance(value, str | Path):
-        return tuple(Image.fromarray(f) for f in read_video(Path(value), frame_cap=frame_cap).frames)
-    frames = tuple(load_image(frame, argument) for frame in value)[:frame_cap]
+        return tuple(
+            Image.fromarray(f) for f in read_video(value, frame_cap=frame_cap, argument=argument).frames
+        )
+    frames = tuple(load_image(frame, argument=argument) for frame in value)[:frame_cap]
     if not frames:
         raise RequestError(f"{argument} holds a clip without frames", hint="a list of pictures")
     return frames
@@ -89,7 +91,7 @@ def _sound(value: Sound, rate: int) -> Waveform:
             f"retake_audio is a {value.dtype} tensor of shape {tuple(value.shape)}",
             hint="float samples of shape (channels, samples) in [-1, 1]",
         )
-    return Waveform(torch.atleast_2d(value).float().cpu(), rate)
+    return Waveform(value.float().cpu().reshape(-1, value.shape[-1]), rate)
 
 
 def request_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:

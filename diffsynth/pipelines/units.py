@@ -38,7 +38,7 @@ from diffsynth.sampling.conventions import ImageFit
 from diffsynth.sampling.loops import Step, euler
 from diffsynth.sampling.noise import add_noise
 from diffsynth.utils.audio import Waveform
-from diffsynth.utils.images import compress_round_trip, fit_image
+from diffsynth.utils.images import compress_round_trip, fit_image, frames_to_images
 
 DEFAULT_CRF = 33
 """H.264 quality of the round trip of stills up to LTX-2.3: the models were trained on frames of videos."""
@@ -284,7 +284,7 @@ class DecodeVideo:
             tiling,
             on_tile=lambda done, total: state.report("decode video", done, total),
         )
-        state.frames = [Image.fromarray(frame) for chunk in chunks for frame in _as_pictures(chunk)]
+        state.frames = [picture for chunk in chunks for picture in _as_pictures(chunk)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +300,7 @@ class DecodeAudio:
         assert state.audio_latent is not None
         request, given = state.request, state.inputs.retake_audio
         if given is not None and not request.retake_audio_regions:
-            state.waveform = given.cut(request.num_frames / request.frame_rate)
+            state.waveform = given.fit(round(request.num_frames / request.frame_rate * given.sampling_rate))
             return
         state.report("decode audio", 0, 1)
         latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
@@ -342,6 +342,6 @@ def _tiling(request: GenerateRequest) -> TileConfig:
     )
 
 
-def _as_pictures(chunk: Tensor) -> Iterator[object]:
-    """(1, 3, f, H, W) float -> f arrays (H, W, 3) uint8 on the CPU."""
-    yield from to_uint8(chunk[0]).permute(1, 2, 3, 0).cpu().numpy()
+def _as_pictures(chunk: Tensor) -> list[Image.Image]:
+    """(1, 3, f, H, W) float -> f pictures."""
+    return frames_to_images(to_uint8(chunk[0]).permute(1, 2, 3, 0))

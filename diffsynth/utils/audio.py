@@ -28,15 +28,16 @@ _SEEK_MARGIN_S = 0.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waveform:
-    """Sound: ``samples`` (channels, samples) float32 on the CPU, nominally in [-1, 1]; ``sampling_rate`` in Hz."""
+    """Sound: ``samples`` (channels, samples) float32, nominally in [-1, 1]; ``sampling_rate`` in Hz."""
 
     samples: Tensor
     sampling_rate: int
 
     def __post_init__(self) -> None:
         if self.samples.ndim != 2 or self.samples.dtype != torch.float32:
+            layout = f"{tuple(self.samples.shape)} {self.samples.dtype}"
             raise RequestError(
-                f"a waveform is (channels, samples) float32, not {tuple(self.samples.shape)} {self.samples.dtype}",
+                f"a waveform is (channels, samples) float32, not {layout}",
                 hint="Waveform.of(audio, rate), which accepts other layouts",
             )
         if self.sampling_rate <= 0:
@@ -44,9 +45,9 @@ class Waveform:
 
     @classmethod
     def of(cls, audio: Any, sampling_rate: int) -> Self:
-        """From a float tensor or array: (2, S), (S, 2), (1, S), (S, 1) or (S,), with or without a batch of one.
+        """From a float tensor or array: (2, S), (S, 2), (1, S), (S, 1), (S,), or with a batch of one.
 
-        Raises RequestError for other shapes, for integers and for an empty sound.
+        Samples come to the CPU as float32.  Raises RequestError for other shapes, integers and no samples.
         """
         samples = torch.as_tensor(audio).detach()
         shape = tuple(samples.shape)
@@ -88,7 +89,7 @@ class Waveform:
         return Waveform(samples, self.sampling_rate)
 
     def resample(self, sampling_rate: int) -> "Waveform":
-        """Another sampling rate in Hz, by the resampler of the media library (for files, not for the networks)."""
+        """Another sampling rate in Hz, by the resampler of the media library: for files, not for networks."""
         if sampling_rate == self.sampling_rate:
             return self
         layout = "mono" if self.samples.shape[0] == 1 else "stereo"
@@ -112,9 +113,9 @@ def read_audio(
         max_duration_s: length in seconds, the rest of the file by default.
         argument: the argument of the request that errors name.
 
-    Returns: one or two channels; more are mixed down to stereo by their layout.  Integer samples are divided by
-    their range (128, 32768, 2147483648; unsigned bytes are centred first).  Shorter than asked where the file
-    ends.
+    Returns: one or two channels; more are mixed down to stereo by their layout.  Integer samples are divided
+    by their range (128, 32768, 2147483648; unsigned bytes are centred first).  Shorter than asked where the
+    file ends; silence in front where the track begins late.
 
     Raises:
         RequestError: no file, no sound track, damaged content, or nothing at ``start_s``.
@@ -128,18 +129,21 @@ def read_audio(
             if not container.streams.audio:
                 raise RequestError(f"{argument}={path} has no sound track", hint="another file")
             stream = container.streams.audio[0]
+            # Some containers begin their clock elsewhere than at 0.
+            begin_s = start_s + max(0.0, (container.start_time or 0) / av.time_base)
+            end_s = None if max_duration_s is None else begin_s + max_duration_s
             if start_s > 0:
-                target_s = max(0.0, start_s - _SEEK_MARGIN_S)
+                target_s = max(0.0, begin_s - _SEEK_MARGIN_S)
                 container.seek(round(target_s / _time_base(stream)), stream=stream, backward=True)
-            end_s = None if max_duration_s is None else start_s + max_duration_s
-            frames = list(_overlapping(container.decode(stream), start_s, end_s))
+            frames = list(_overlapping(container.decode(stream), begin_s, end_s))
             rate = stream.sample_rate
     except (av.FFmpegError, OSError) as error:
         raise RequestError(f"{argument}={path} cannot be read: {error}", hint="another file") from error
     if not frames:
         raise RequestError(f"{argument}={path} has no sound at {start_s} s", hint="an earlier start")
-    first_s = float(frames[0].time or 0.0)
-    samples = _join(frames)[:, max(0, round((start_s - first_s) * rate)) :]
+    first_s = begin_s if frames[0].time is None else float(frames[0].time)
+    # Negative where the track begins late: silence keeps it in step with the pictures.
+    samples = torch.nn.functional.pad(_join(frames), (-round((begin_s - first_s) * rate), 0))
     if max_duration_s is not None:
         samples = samples[:, : round(max_duration_s * rate)]
     if samples.shape[1] == 0:

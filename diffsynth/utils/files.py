@@ -19,8 +19,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its name when the ``with`` block ends well.
 
     The block writes to the path that it is given, which exists and is empty, and closes it.  The content is
-    flushed to the disk before the name changes, so that a power cut leaves the old file or the new one.  After
-    any exception, also KeyboardInterrupt, nothing is left and an older file of that name is untouched.
+    flushed to the disk before the name changes, so that a power cut leaves the old file or the new one.
+    After any exception, also KeyboardInterrupt, nothing is left and an older file of that name is untouched.
 
     Raises:
         OutputError: the folder is missing or not writable, the disk is full, or the name cannot be taken.

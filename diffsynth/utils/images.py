@@ -1,19 +1,25 @@
-"""Pictures and frames: reading, fitting to the size of a generation, and back to 8 bits.
+"""Pictures and clips: reading, fitting to the size of a generation, and back to 8 bits.
 
 Pixels of the networks are float32 in [-1, 1], channels first; pictures of files are uint8, channels last.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
@@ -84,8 +90,8 @@ def fit_image(image: Image.Image, height: int, width: int, mode: FitMode = "crop
     Args:
         image: converted to RGB if it is not.
         height, width: in pixels.
-        mode: ``crop``: bilinear with half-pixel centres and without antialiasing, enlarged or reduced until it
-            fills the size, then the centre; ``stretch``: bicubic as in PIL.
+        mode: ``crop``: bilinear with half-pixel centres and without antialiasing, enlarged or reduced until
+            it fills the size, then the centre; ``stretch``: bicubic as in PIL.
 
     Returns: (1, 3, 1, height, width) float32 in [-1, 1].
     """
@@ -132,6 +138,91 @@ def frames_to_images(frames: Tensor | Iterable[Tensor]) -> list[Image.Image]:
     return [Image.fromarray(frame.numpy(force=True)) for frame in frames]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """What a video file says of itself; height and width in pixels as shown, turned by its orientation."""
+
+    num_frames: int
+    fps: Fraction
+    height: int
+    width: int
+    has_audio: bool
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the video in seconds."""
+        return float(self.num_frames / self.fps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clip:
+    """``frames`` uint8 (F, H, W, 3) and the average frame rate."""
+
+    frames: Tensor
+    fps: Fraction
+
+
+def probe_video(path: str | Path, *, argument: str = "video") -> VideoInfo:
+    """Size, frame rate and frame count, which is found by decoding when the file does not state it.
+
+    Raises RequestError, naming ``argument``, when there is no such file, no picture track or no frame.
+    """
+    with _opened(path, argument) as (container, stream):
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if first is None:
+            raise RequestError(f"{argument}={path} holds no frames", hint="another file")
+        height, width = first.height, first.width
+        if first.rotation in {90, -90}:
+            height, width = width, height
+        return VideoInfo(
+            num_frames=stream.frames or 1 + sum(1 for _ in frames),
+            fps=_average_rate(stream, path, argument),
+            height=height,
+            width=width,
+            has_audio=bool(container.streams.audio),
+        )
+
+
+def iter_frames(
+    path: str | Path, *, frame_cap: int | None = None, argument: str = "video"
+) -> Iterator[Tensor]:
+    """Decode in order, at most ``frame_cap`` frames, each uint8 (H, W, 3) RGB, turned by its orientation.
+
+    There is no conversion of the frame rate.  Raises RequestError as :func:`probe_video`.
+    """
+    if frame_cap is not None and frame_cap < 1:
+        raise RequestError(f"{argument}: frame_cap={frame_cap} is below 1", hint="1 or more frames")
+    with _opened(path, argument) as (container, stream):
+        for frame in islice(container.decode(stream), frame_cap):
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            turns = 0 if frame.rotation % 90 else frame.rotation // 90
+            yield torch.rot90(pixels, turns).contiguous() if turns else pixels
+
+
+def read_video(path: str | Path, *, frame_cap: int | None = None, argument: str = "video") -> Clip:
+    """Read a clip whole.
+
+    Args:
+        path: any video that the media library can read.
+        frame_cap: read at most so many frames from the start.
+        argument: the argument of the request that errors name.
+
+    Returns: frames uint8 (F, H, W, 3) RGB on the CPU and the average frame rate of the file.
+    Raises RequestError as :func:`probe_video`.
+    """
+    with _opened(path, argument) as (_, stream):
+        fps = _average_rate(stream, path, argument)
+    decoded: deque[Tensor] = deque(iter_frames(path, frame_cap=frame_cap, argument=argument))
+    if not decoded:
+        raise RequestError(f"{argument}={path} holds no frames", hint="another file")
+    frames = torch.empty(len(decoded), *decoded[0].shape, dtype=torch.uint8)
+    for target in frames:
+        # Freed one by one, so that the clip is not held twice.
+        target.copy_(decoded.popleft())
+    return Clip(frames, fps)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # PIL clips 16-bit grey at 255 instead of scaling it.
@@ -154,3 +245,23 @@ def _crop(array: np.ndarray, height: int, width: int) -> Tensor:
     filled = functional.interpolate(source, (new_height, new_width), mode="bilinear", align_corners=False)
     top, left = (new_height - height) // 2, (new_width - width) // 2
     return filled[0, :, top : top + height, left : left + width]
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, argument: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    try:
+        with av.open(str(path), "r") as container:
+            if not container.streams.video:
+                raise RequestError(f"{argument}={path} has no picture track", hint="a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise RequestError(f"{argument}={path} cannot be read: {error}", hint="another file") from error
+
+
+def _average_rate(stream: VideoStream, path: str | Path, argument: str) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise RequestError(f"{argument}={path} states no frame rate", hint="encode it again")
+    return rate

@@ -11,7 +11,7 @@ import av
 from diffsynth.errors import RequestError
 
 TAG = "diffsynth"
-"""The project's own tag of the container; ``comment`` holds the same text, for tools that drop unknown tags."""
+"""The project's own tag; ``comment`` holds the same text, for tools that drop tags they do not know."""
 
 
 def request_tags(request: Mapping[str, Any] | None) -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_a_keyframe_is_appended_and_replaces_nothing() -> None:
     assert result.num_tokens == state.num_tokens + 8
     assert torch.equal(result.clean[:, 24:], patchify(image))
     assert (result.latent[:, 24:] == 0).all()
-    assert result.mask[:, 24:].unique().tolist() == pytest.approx([0.2])
+    assert result.mask[0, 24:, 0].tolist() == pytest.approx([0.2] * 8)
     assert torch.equal(result.mask[:, :24], state.mask)
     assert (result.positions[0, 0, 24] * 24).tolist() == pytest.approx([16, 17])
     older = Keyframe(latent=image, frame_index=16, strength=0.8).apply(state, OFFICIAL_1_0)
@@ -82,7 +82,7 @@ def test_references_span_the_target() -> None:
     result = ReferenceClip(latent=torch.randn(1, 8, 3, 2, 2), downscale_factor=2, strength=0.9).apply(state)
     assert result.num_tokens == 48 + 12
     assert result.positions[0, 1:, 48:].max() == 128
-    assert result.mask[:, 48:].unique().tolist() == pytest.approx([0.1])
+    assert result.mask[0, 48:, 0].tolist() == pytest.approx([0.1] * 12)
 
 
 def test_weighted_and_plain_items_in_one_attention_mask() -> None:
@@ -131,7 +131,7 @@ def test_a_touching_border_counts_only_where_edges_are_closed() -> None:
 
 def test_regions_in_audio() -> None:
     mask = TemporalRegion(regions=((0.2, 0.3),)).apply(audio()).mask[0, :, 0].tolist()
-    assert mask == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0]
+    assert mask == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
 def test_a_free_mask_mixes_by_its_own_weights() -> None:
@@ -211,3 +211,27 @@ def test_freezing_keeps_every_token() -> None:
     frozen = Frozen().apply(state)
     assert (frozen.mask == 0).all()
     assert torch.equal(frozen.clean, state.clean)
+
+
+def test_no_item_looks_at_the_data() -> None:
+    """On the meta device a wait for a value, or a tensor left on the CPU, is an error."""
+    with torch.device("meta"):
+        frame, clip = torch.zeros(FRAME), torch.zeros(VIDEO)
+    reference = AttentionWeighted(item=ReferenceClip(latent=clip), weight=0.5)
+    state = apply_items(
+        ModalityState.video(VIDEO, 24.0, device="meta"),
+        [
+            LatentAtIndex(latent=frame),
+            TemporalRegion(regions=((0.0, 0.2),)),
+            FreeMask(latent=clip, keep=clip[:, 0]),
+            Keyframe(latent=frame, frame_index=8),
+            reference,
+        ],
+    )
+    sound = ModalityState.audio(AUDIO, device="meta")
+    sound = Frozen().apply(ReferenceAudio(latent=torch.zeros(AUDIO, device="meta")).apply(sound))
+    for each in (state, sound, state.cleared()):
+        tensors = (each.latent, each.clean, each.mask, each.positions, each.timesteps(0.5))
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert state.attention is not None
+    assert state.attention.device.type == "meta"

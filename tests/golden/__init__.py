@@ -1,1 +1,1 @@
-"""Golden cases: what the reference implementations computed.  ``python -m tests.golden PATH...`` runs them."""
+"""Golden cases: what the reference implementations computed; ``python -m tests.golden PATH...`` runs them."""

@@ -23,8 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run(path)
         counts[outcome.status] += 1
         print(outcome.line())
-        if options.verbose or outcome.status == "failed":
-            print(outcome.details(only_failures=not options.verbose))
+        details = outcome.details(only_failures=not options.verbose)
+        if details:
+            print(details)
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['later']} later")
     return 1 if counts["failed"] or not sum(counts.values()) else 0
 

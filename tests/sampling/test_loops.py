@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth.conditioning.items import Frozen
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.errors import Cancelled
 from diffsynth.sampling.conventions import MaskedStep
-from diffsynth.sampling.loops import Carry, Step, euler, gradient_estimation, res_2s
-from diffsynth.sampling.noise import SdeNoise
+from diffsynth.sampling.loops import Step, euler, gradient_estimation, res_2s
+from diffsynth.sampling.noise import SdeNoise, SharedNoise, add_noise
 from diffsynth.sampling.steps import x0_from_velocity
 
 VIDEO = (1, 8, 2, 2, 3)
@@ -53,7 +54,7 @@ class Toy:
 def test_a_constant_estimate_is_reached_and_kept_tokens_stay_exact(loop: Callable[..., Any]) -> None:
     video, audio = pair()
     target = randn(tuple(video.latent.shape), 9)
-    result, other = loop(lambda v, a, s, i: (target, a.latent), video, audio, SIGMAS)
+    result, other = loop(lambda v, a, s, i: (target, None), video, audio, SIGMAS)
     assert torch.equal(result.latent[:, 0], video.clean[:, 0])
     assert torch.equal(result.latent[:, 2:], target[:, 2:])
     torch.testing.assert_close(result.latent[:, 1], 0.4 * target[:, 1] + 0.6 * video.clean[:, 1])
@@ -76,16 +77,16 @@ def test_a_resumed_run_is_bit_equal(loop: Callable[..., Any], done: int) -> None
 def test_steps_report_progress_and_estimates(loop: Callable[..., Any]) -> None:
     seen: list[Step[ModalityState]] = []
     video, audio = pair()
-    result = loop(Toy(), video, audio, SIGMAS, on_step=seen.append)
+    result, _ = loop(Toy(), video, audio, SIGMAS, on_step=seen.append)
     total = 5 if loop is res_2s else 4
     assert [(s.index, s.total) for s in seen] == [(i, total) for i in range(total)]
     assert seen[0].sigma == 1.0
     assert seen[-1].sigma_next == 0.0
-    assert result[0] is seen[-1].video
     last_x0 = seen[-1].video_x0
     assert last_x0 is not None
-    assert torch.equal(last_x0, result[0].latent)
+    assert torch.equal(last_x0, result.latent)
     assert torch.equal(last_x0[:, 0], video.clean[:, 0])
+    assert seen[-1].video is result
 
 
 def test_evaluations_of_res_2s() -> None:
@@ -198,13 +199,25 @@ def test_both_mask_rules_agree_for_masks_of_zero_and_one() -> None:
     video, _ = pair()
     hard = replace(video, mask=(video.mask > 0.5).float())
     kept = replace(hard, latent=torch.where(hard.mask > 0, hard.latent, hard.clean))
-    blended, _ = euler(Toy(), kept, None, SIGMAS)
-    mixed, _ = euler(Toy(), hard, None, SIGMAS, masked_step=MaskedStep.VELOCITY)
+
+    def denoise(v: State, a: State, s: float, i: int) -> tuple[Tensor | None, Tensor | None]:
+        assert v is not None
+        return x0_from_velocity(v.latent, torch.tanh(v.latent), v.timesteps(s)), None
+
+    blended, _ = euler(denoise, kept, None, SIGMAS)
+    mixed, _ = euler(denoise, hard, None, SIGMAS, masked_step=MaskedStep.VELOCITY)
     assert blended is not None
     assert mixed is not None
-    # the toy has no per-token timesteps, so only tokens that it may move are compared
-    torch.testing.assert_close(mixed.latent[:, 1:], blended.latent[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.latent, blended.latent, atol=1e-5, rtol=1e-5)
+    assert torch.equal(mixed.latent[:, 0], video.clean[:, 0])
 
 
-def test_carry_of_nothing() -> None:
-    assert Carry() == Carry(velocities=(None, None), sde=None)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_loop_looks_at_the_data(loop: Callable[..., Any]) -> None:
+    """On the meta device a wait for a value, or a tensor left on the CPU, is an error."""
+    source = SharedNoise(1)
+    video = add_noise(ModalityState.video(VIDEO, 24.0, device="meta"), source)
+    audio = add_noise(Frozen().apply(ModalityState.audio(AUDIO, device="meta")), source)
+    result, other = loop(Toy(), video, audio, SIGMAS)
+    assert result.latent.device.type == other.latent.device.type == "meta"
+    assert result.latent.shape == video.latent.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffsynth.device import Capabilities, Event, MemoryFigures, Stream
 from diffsynth.device.base import check_copy
 from diffsynth.device.host import host_pages
-from tests.standin.streams import StandInEvent, StandInStream
+from tests.standin.streams import POISON, StandInEvent, StandInStream
 from tests.standin.tensor import DEVICE_TYPE, StandInTensor
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class StandInBackend:
         )
 
     def empty(self, nbytes: int, *, label: str = "") -> Tensor:
-        inner = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        inner = torch.full((nbytes,), POISON, dtype=torch.uint8)
         with self._owner.lock:
             return StandInTensor.wrap(inner, label or "buffer", self._owner)
 
@@ -84,7 +84,7 @@ class StandInBackend:
         with owner.lock:
             scheduler.raise_violation()
             scheduler.access(stream, touched, f"the copy of {label}")
-            inside = [t.inner if isinstance(t, StandInTensor) else t for t in (dst, src)]
+            inside = [t.inside if isinstance(t, StandInTensor) else t for t in (dst, src)]
             from_host = not isinstance(src, StandInTensor)
             scheduler.issue_copy(stream, inside[0], inside[1], label, host_source=from_host)
             if stream is scheduler.compute:

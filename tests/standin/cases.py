@@ -17,12 +17,15 @@ class RecordingCase(Case):
 
     @classmethod
     def on(cls, path: Path, device: torch.device) -> "RecordingCase":
-        """Weights and inputs move to ``device``; float64 inputs stay on the host, as in the pipelines."""
+        """Every tensor moves to ``device``, but float64 positions and sigmas: those live on the host.
+
+        All are copies of their own, also on the CPU: its matrix products depend on how memory is aligned.
+        """
         case = cls.load(path)
         assert isinstance(case, RecordingCase)
         case.recorded = {}
         for key, tensor in case.tensors.items():
-            if key.startswith(("in/", "weights/")) and tensor.dtype != torch.float64:
+            if tensor.dtype != torch.float64:
                 case.tensors[key] = tensor.to(device, copy=True)
         return case
 

@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
 
 from diffsynth.device import PinnedBudget, register_backend, unregister_backend
 from tests.standin.backend import StandInBackend
@@ -17,8 +16,7 @@ from tests.standin.registration import register_once
 from tests.standin.streams import Scheduler
 from tests.standin.tensor import DEVICE_TYPE
 
-_ALWAYS_MISSING: frozenset[torch.dtype] = frozenset()
-_STRICTLY_MISSING = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
+_MISSING = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
 
 
 class StandIn:
@@ -58,7 +56,9 @@ class StandIn:
             UnsupportedOnDeviceError: none is open.
         """
         if cls._current is None:
-            raise UnsupportedOnDeviceError("no stand-in is open: the device exists inside `with StandIn(...)`")
+            raise UnsupportedOnDeviceError(
+                "no stand-in is open: the device exists inside `with StandIn(...)`"
+            )
         return cls._current
 
     @classmethod
@@ -80,7 +80,7 @@ class StandIn:
         StandIn._current = None
         unregister_backend(DEVICE_TYPE)
         if error is None:
-            self.scheduler.raise_violation()
+            self.scheduler.finish()
 
     # -- what tests read ------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class StandIn:
 
     def check_dtype(self, dtype: torch.dtype, operation: str) -> None:
         """Raise when the device has no such dtype."""
-        if self.strict_dtypes and dtype in _STRICTLY_MISSING:
+        if self.strict_dtypes and dtype in _MISSING:
             raise UnsupportedOnDeviceError(f"{operation}: the device has no {dtype}")
 
     def sync_compute(self) -> None:
@@ -132,9 +132,3 @@ class StandIn:
         self.counters.device_to_host_bytes += nbytes
         self.counters.device_to_host_copies += 1
         self.sync_compute()
-
-    def place(self, inner: Tensor, label: str) -> Tensor:
-        """Give a CPU tensor that nobody else holds to the device; nothing is copied or counted as copied."""
-        from tests.standin.tensor import StandInTensor
-
-        return StandInTensor.wrap(inner, label, self)

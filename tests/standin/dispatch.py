@@ -8,32 +8,13 @@ from torch import Tensor
 
 from tests.standin.device import StandIn
 from tests.standin.errors import UnsupportedOnDeviceError
+from tests.standin.operations import BYTE_MOVES, FLOAT8, REFUSED, SYNCS, VIEWS
+from tests.standin.streams import POISON
 from tests.standin.tensor import DEVICE_TYPE, StandInTensor
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 CPU = torch.device("cpu")
-
-# Operations after which the host knows a value that the device computed.
-_SYNCS = frozenset(
-    "item _local_scalar_dense equal is_nonzero allclose nonzero nonzero_numpy argwhere masked_select bincount "
-    "unique_dim unique_consecutive unique_dim_consecutive _unique _unique2 linalg_matrix_rank".split()
-)
-# Operations that change a tensor's shape or storage in place, which a wrapper cannot follow.
-_REFUSED = frozenset(
-    "resize_ resize_as_ set_ as_strided_ t_ transpose_ swapaxes_ swapdims_ squeeze_ unsqueeze_ record_stream "
-    "pin_memory _pin_memory".split()
-)
-# What may be done with float8 tensors when the device only stores them: move bytes, look at them otherwise.
-_BYTE_MOVES = frozenset(
-    "empty empty_strided empty_like new_empty new_empty_strided detach alias view _unsafe_view reshape "
-    "_reshape_alias contiguous clone copy_ _to_copy to slice select narrow as_strided t transpose permute "
-    "unsqueeze squeeze expand split split_with_sizes chunk unbind flatten unflatten cat stack zero_ "
-    "_has_compatible_shallow_copy_type item _local_scalar_dense".split()
-)
-_FLOAT8 = frozenset(
-    d for d in (getattr(torch, n, None) for n in dir(torch) if n.startswith("float8_")) if d is not None
-)
 
 
 def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -60,18 +41,20 @@ def _run(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
     _check(owner, name, func, args, kwargs)
     outside = _stays_outside(func, args, kwargs)
     _note_accesses(owner, name, func, args, kwargs)
-    if name in _SYNCS or _has_boolean_index(name, args):
+    if name in SYNCS or _has_boolean_index(name, args):
         owner.sync_compute()
     known: dict[int, StandInTensor] = {
-        id(t.inner): t for t in _tensors((args, kwargs)) if isinstance(t, StandInTensor)
+        id(t.inside): t for t in _tensors((args, kwargs)) if isinstance(t, StandInTensor)
     }
     result = func(*_map(_unwrap, args), **_map(_unwrap, dict(kwargs)))
+    if "empty" in name:
+        _poison(result)
 
     def outer(value: Any) -> Any:
         if outside or not isinstance(value, Tensor):
             return value
         if id(value) in known:
-            return _unchanged(known[id(value)], name)
+            return _unchanged(owner, known[id(value)], name)
         return StandInTensor.wrap(value, name, owner)
 
     return _map(outer, result)
@@ -79,7 +62,7 @@ def _run(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 def _check(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> None:
     """Raise for what a real device would refuse."""
-    if name in _REFUSED:
+    if name in REFUSED:
         raise UnsupportedOnDeviceError(f"{name} is not modelled by the stand-in")
     given = list(_tensors((args, kwargs)))
     host = [t for t in given if not isinstance(t, StandInTensor) and t.dim() > 0]
@@ -91,35 +74,29 @@ def _check(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> 
     generator = _named(func, args, kwargs).get("generator")
     if isinstance(generator, torch.Generator):
         raise RuntimeError(f"{name}: expected a {DEVICE_TYPE!r} device type for generator but found 'cpu'")
-    if owner.strict_dtypes and name not in _BYTE_MOVES and any(t.dtype in _FLOAT8 for t in given):
+    if owner.strict_dtypes and name not in BYTE_MOVES and any(t.dtype in FLOAT8 for t in given):
         raise UnsupportedOnDeviceError(f"{name}: the device has no float8 arithmetic")
 
 
 def _note_accesses(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> None:
+    """Check what the operation reads and writes against the copy streams.  A view does neither."""
+    if name in VIEWS:
+        return
     touched = []
     values = _named(func, args, kwargs)
     for argument in func._schema.arguments:
         write = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in _tensors(values.get(argument.name)):
-            if isinstance(tensor, StandInTensor) and not _only_looks(name):
+            if isinstance(tensor, StandInTensor):
                 touched.append((tensor.allocation.log, tensor.span(write), tensor.allocation.label))
     owner.scheduler.access(owner.scheduler.compute, touched, name)
 
 
-_VIEWS = frozenset(
-    "detach alias view _unsafe_view slice select narrow as_strided t transpose permute unsqueeze squeeze expand "
-    "split split_with_sizes chunk unbind unflatten unfold diagonal view_as_real real movedim".split()
-)
-
-
-def _only_looks(name: str) -> bool:
-    """A view reads no bytes: slots are cut up before they are filled."""
-    return name in _VIEWS
-
-
-def _unchanged(tensor: StandInTensor, name: str) -> StandInTensor:
-    if tensor.inner.shape != tensor.shape:
-        raise UnsupportedOnDeviceError(f"{name} changed a shape in place, which the stand-in does not model")
+def _unchanged(owner: StandIn, tensor: StandInTensor, name: str) -> StandInTensor:
+    """The tensor that an operation wrote to, which may have resized it."""
+    if tensor.inside.shape != tensor.shape or tensor.inside.stride() != tensor.stride():
+        owner.memory.recount(tensor.allocation)
+        tensor.data = StandInTensor.wrap(tensor.inside, name, owner)
     return tensor
 
 
@@ -164,7 +141,7 @@ def _transfer(
         return made
     log = (source.allocation.log, source.span(False), source.allocation.label)
     owner.scheduler.access(owner.scheduler.compute, [log], "to")
-    copied = convert(source.inner, dtype=dtype, memory_format=memory_format)
+    copied = convert(source.inside, dtype=dtype, memory_format=memory_format)
     if device.type == DEVICE_TYPE:
         return StandInTensor.wrap(copied, "to", owner)
     owner.count_to_host(copied.nbytes)
@@ -193,7 +170,7 @@ def _copy_(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _detach(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    return StandInTensor.wrap(args[0].inner, "detach", owner)
+    return StandInTensor.wrap(args[0].inside, "detach", owner)
 
 
 def _false(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -201,7 +178,7 @@ def _false(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _check_cast(owner: StandIn, source: torch.dtype, target: torch.dtype) -> None:
-    if owner.strict_dtypes and source != target and (source in _FLOAT8 or target in _FLOAT8):
+    if owner.strict_dtypes and source != target and (source in FLOAT8 or target in FLOAT8):
         raise UnsupportedOnDeviceError(
             f"the device cannot convert {source} to {target}: float8 is stored bytes there, to be looked up"
         )
@@ -226,8 +203,13 @@ def _named(func: Any, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+def _poison(tensor: Tensor) -> None:
+    """Memory that nobody has written holds NaN, so that using it shows."""
+    tensor.untyped_storage().fill_(POISON)  # type: ignore[attr-defined]
+
+
 def _stays_outside(func: Any, args: Args, kwargs: Kwargs) -> bool:
-    """True when the result of a factory such as ``zeros_like(x, device="cpu")`` is no tensor of the device."""
+    """True when the result of a factory such as ``zeros_like(x, device="cpu")`` stays off the device."""
     device = _named(func, args, kwargs).get("device")
     if device is None or torch.device(device).type == DEVICE_TYPE:
         return False
@@ -260,7 +242,7 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 def _unwrap(value: Any) -> Any:
     if isinstance(value, StandInTensor):
-        return value.inner
+        return value.inside
     if isinstance(value, torch.device) and value.type == DEVICE_TYPE:
         return CPU
     return value

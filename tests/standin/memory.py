@@ -63,18 +63,31 @@ class Memory:
         if known is not None:
             return known
         nbytes = storage.nbytes()
-        if self.current + nbytes > self.limit:
+        self._take(nbytes, label)
+        self._counters.allocations += 1
+        allocation = Allocation(storage, nbytes, label, _origin(), self)
+        self._live[storage._cdata] = allocation
+        self._scheduler.note_allocation(allocation.log)
+        return allocation
+
+    def recount(self, allocation: Allocation) -> None:
+        """Follow a storage that was resized in place.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit any more.
+        """
+        nbytes = allocation.storage.nbytes()
+        self._take(nbytes - allocation.nbytes, allocation.label)
+        allocation.nbytes = nbytes
+
+    def _take(self, nbytes: int, label: str) -> None:
+        if nbytes > 0 and self.current + nbytes > self.limit:
             raise torch.OutOfMemoryError(
                 f"standin out of memory: {label} needs {nbytes} bytes, {self.current} of {self.limit} are in "
                 f"use; the largest are:\n{self.ledger()}"
             )
         self.current += nbytes
         self.peak = max(self.peak, self.current)
-        self._counters.allocations += 1
-        allocation = Allocation(storage, nbytes, label, _origin(), self)
-        self._live[storage._cdata] = allocation
-        self._scheduler.note_allocation(allocation.log)
-        return allocation
 
     def release(self, allocation: Allocation) -> None:
         """Called as the allocation dies."""

@@ -1,4 +1,4 @@
-"""Makes torch know the device type ``standin``.  Once per process, on the first stand-in; nothing else changes.
+"""Makes torch know the device type ``standin``: once per process, on the first stand-in.
 
 torch has one spare device type for backends written in Python; it gets the name.  Operations on tensors of
 the stand-in arrive through the tensors' own dispatch; those that have none yet are registered here.
@@ -10,25 +10,8 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
+from tests.standin.operations import CONVERSIONS, FACTORIES, WHOLE
 from tests.standin.tensor import DEVICE_TYPE
-
-# Undivided on real devices, but cut into pieces by torch when autograd is not switched off altogether
-# (``no_grad`` instead of ``inference_mode``); the pieces would round and use memory differently.
-_WHOLE = ("scaled_dot_product_attention", "linear", "matmul", "rms_norm")
-
-# Factory functions, which have no tensor to dispatch on.  torch composes the other ones of these.
-_FACTORIES = (
-    "empty.memory_format",
-    "empty_strided",
-    "arange",
-    "arange.start",
-    "arange.start_step",
-    "eye",
-    "eye.m",
-)
-
-# What ``torch.tensor(data, device=...)`` and indexing by lists fill the new tensor with.
-_CONVERSIONS = ("_copy_from",)
 
 
 class _Module:
@@ -81,10 +64,10 @@ def register_once() -> torch.library.Library:
     def kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
         return dispatch(func, args, kwargs)
 
-    library = torch.library.Library("aten", "IMPL")
-    for names, key in ((_FACTORIES + _CONVERSIONS, "PrivateUse1"), (_WHOLE, "AutogradPrivateUse1")):
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    for names, key in ((FACTORIES + CONVERSIONS, "PrivateUse1"), (WHOLE, "AutogradPrivateUse1")):
         for full_name in names:
             name, _, overload = full_name.partition(".")
             func = getattr(getattr(torch.ops.aten, name), overload or "default")
-            library.impl(full_name, functools.partial(kernel, func), key)
+            library.impl(full_name, functools.partial(kernel, func), key)  # type: ignore[no-untyped-call]
     return library

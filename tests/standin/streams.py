@@ -19,7 +19,7 @@ from tests.standin.errors import HazardError
 
 Clock = dict[int, int]
 COMPUTE = 0
-_POISON = 0xFF  # a NaN in float32, bfloat16, float16 and both float8 types
+POISON = 0xFF  # a NaN in float32, bfloat16, float16 and both float8 types
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,11 @@ class Scheduler:
             self._violations.clear()
             raise HazardError(message)
 
+    def finish(self) -> None:
+        """Let everything arrive, and raise what is left to raise."""
+        self.host_saw({s.number: s.issued for s in self._streams.values()})
+        self.raise_violation()
+
     # -- copies ---------------------------------------------------------------------------------------
 
     def issue_copy(
@@ -204,7 +209,7 @@ class Scheduler:
             self.deliver(overlapping)
         value = checksum(src) if host_source else None
         stream.pending.append(PendingCopy(stream.issued, stream.clock(), dst, src, label, value))
-        _bytes(dst).fill_(_POISON)
+        _bytes(dst).fill_(POISON)
 
     def _overlapping(self, dst: Tensor, src: Tensor) -> list[Clock]:
         """Clocks of pending copies of the same bytes: they are ordered before this one, so may be done."""
@@ -219,7 +224,9 @@ class Scheduler:
         """Let all copies up to ``clock`` arrive: in order within a stream, in a seeded order between."""
         while True:
             ready = [
-                s for s in self._streams.values() if s.pending and s.pending[0].number <= clock.get(s.number, 0)
+                s
+                for s in self._streams.values()
+                if s.pending and s.pending[0].number <= clock.get(s.number, 0)
             ]
             free = [s for s in ready if not self._blocked(s)]
             if not free:

@@ -19,7 +19,7 @@ DEVICE_TYPE = "standin"
 class StandInTensor(Tensor):
     """What a program sees as a tensor on the device.  Made by the stand-in only."""
 
-    inner: Tensor
+    inside: Tensor
     allocation: "Allocation"
     owner: "StandIn"
 
@@ -44,35 +44,38 @@ class StandInTensor(Tensor):
                 device=torch.device(DEVICE_TYPE, 0),
                 requires_grad=False,
             )
-        outer.inner = inner
+        outer.inside = inner
         outer.allocation = allocation
         outer.owner = owner
         return outer
 
     def span(self, write: bool) -> Span:
         """The bytes of the storage from the first to the last element."""
-        inner = self.inner
-        if inner.numel() == 0:
+        if self.inside.numel() == 0:
             return Span(0, 0, write)
-        size = inner.element_size()
-        low = inner.storage_offset() * size
-        extent = sum((n - 1) * stride for n, stride in zip(inner.shape, inner.stride(), strict=True))
-        return Span(low, low + (extent + 1) * size, write)
+        size = self.inside.element_size()
+        low = int(self.inside.storage_offset())
+        high = low + sum((n - 1) * s for n, s in zip(self.inside.shape, self.inside.stride(), strict=True))
+        return Span(low * size, (high + 1) * size, write)
 
     # torch's own attributes, answered from the tensor inside
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         from tests.standin.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
 
     @property
-    def data(self) -> Tensor:
+    def data(self) -> Tensor:  # type: ignore[override]
         """The tensor without its history; setting it replaces the contents, as ``module.to(dtype)`` does."""
         return self.detach()
 
@@ -80,16 +83,16 @@ class StandInTensor(Tensor):
     def data(self, other: Tensor) -> None:
         if not isinstance(other, StandInTensor):
             raise UnsupportedOnDeviceError("the data of a device tensor cannot become a host tensor")
-        Tensor.data.__set__(self, other)
-        self.inner, self.allocation = other.inner, other.allocation
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.inside, self.allocation = other.inside, other.allocation
 
     def data_ptr(self) -> int:
         """An address to tell tensors apart; the host cannot read there on a device."""
-        return self.inner.data_ptr()
+        return self.inside.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The storage, for identity and size; its bytes are beyond the checks of the stand-in."""
-        return self.inner.untyped_storage()
+        return self.inside.untyped_storage()
 
     def is_pinned(self, device: Any = None) -> bool:
         """Device memory is not page-locked host memory."""
@@ -102,5 +105,5 @@ class StandInTensor(Tensor):
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else repr(self)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandInTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.allocation.label!r})"

@@ -21,7 +21,7 @@ MIN_ENCODE_OVERLAP_PX = 64
 MIN_ENCODE_OVERLAP_FRAMES = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TileConfig:
     """Tile sizes and overlaps.  A pair of None leaves that axis (height and width, or time) whole.
 
@@ -39,27 +39,25 @@ class TileConfig:
         _check_pair("pixels", self.tile_size_in_pixels, self.tile_overlap_in_pixels, SPATIAL_SCALE)
         _check_pair("frames", self.tile_size_in_frames, self.tile_overlap_in_frames, TEMPORAL_SCALE)
 
-    def for_official_encode(self) -> "TileConfig":
-        """The overlaps raised to the 64 pixels and 16 frames that the official encoder tiling needs.
+    def for_official_encode(self, pixel_size: tuple[int, int, int]) -> "TileConfig":
+        """The overlaps that the official encoder tiling uses for a clip (F, H, W).
+
+        Where the clip is cut at all, they are raised to 64 pixels and 16 frames.
 
         Raises:
             RequestError: a tile is not larger than its raised overlap, so tiles would never advance.
         """
-        pixels = _raised(
-            "pixels",
-            self.tile_size_in_pixels,
-            self.tile_overlap_in_pixels,
-            MIN_ENCODE_OVERLAP_PX,
-            SPATIAL_SCALE,
-        )
-        frames = _raised(
-            "frames",
-            self.tile_size_in_frames,
-            self.tile_overlap_in_frames,
-            MIN_ENCODE_OVERLAP_FRAMES,
-            TEMPORAL_SCALE,
-        )
-        return replace(self, tile_overlap_in_pixels=pixels, tile_overlap_in_frames=frames)
+        frames, *sides = pixel_size
+        tiling = self
+        size, overlap = self.tile_size_in_pixels, self.tile_overlap_in_pixels
+        if size is not None and overlap is not None and max(sides) > size:
+            raised = _raised("pixels", size, max(overlap, MIN_ENCODE_OVERLAP_PX), SPATIAL_SCALE)
+            tiling = replace(tiling, tile_overlap_in_pixels=raised)
+        size, overlap = self.tile_size_in_frames, self.tile_overlap_in_frames
+        if size is not None and overlap is not None and frames > size:
+            raised = _raised("frames", size, max(overlap, MIN_ENCODE_OVERLAP_FRAMES), TEMPORAL_SCALE)
+            tiling = replace(tiling, tile_overlap_in_frames=raised)
+        return tiling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +145,7 @@ def encode_plan(
     frames, height, width = pixel_size
     whole_time = _whole(frames, 1 + (frames - 1) // TEMPORAL_SCALE)
     if scheme == "official":
-        tiling = tiling.for_official_encode()
+        tiling = tiling.for_official_encode(pixel_size)
     size, overlap = tiling.tile_size_in_pixels, tiling.tile_overlap_in_pixels
     if size is None or overlap is None or max(height, width) <= size:
         sides = [_whole(length, length // SPATIAL_SCALE) for length in (height, width)]
@@ -281,13 +279,10 @@ def _check_pair(unit: str, size: int | None, overlap: int | None, multiple: int)
         )
 
 
-def _raised(unit: str, size: int | None, overlap: int | None, smallest: int, multiple: int) -> int | None:
-    if size is None or overlap is None:
-        return None
-    raised = max(overlap, smallest)
-    if raised >= size:
+def _raised(unit: str, size: int, overlap: int, multiple: int) -> int:
+    if overlap >= size:
         raise RequestError(
-            f"tile_size_in_{unit}={size} is too small to encode: neighbours overlap by {raised} {unit}",
-            hint=f"tile_size_in_{unit}={raised + multiple} or more",
+            f"tile_size_in_{unit}={size} is too small to encode: neighbours overlap by {overlap} {unit}",
+            hint=f"tile_size_in_{unit}={overlap + multiple} or more",
         )
-    return raised
+    return overlap

@@ -148,14 +148,14 @@ def encode_tiled(
     pixels = drop_trailing_frames(pixels)
     device = next(encoder.parameters()).device if device is None else device
     dtype = next(encoder.parameters()).dtype if dtype is None else dtype
-    frames, height, width = pixels.shape[2:]
-    plan = encode_plan((frames, height, width), tiling, scheme)
+    size = (pixels.shape[2], pixels.shape[3], pixels.shape[4])
+    plan = encode_plan(size, tiling, scheme)
     report = _counter(plan.num_tiles, on_tile)
     if plan.num_tiles == 1:
         latent = encoder(pixels.to(device, dtype))
         report()
         return latent
-    if scheme == "official" and tiling.for_official_encode() != tiling:
+    if scheme == "official" and tiling.for_official_encode(size) != tiling:
         logger.warning("tile overlaps raised to the encoder's minimum of 64 pixels and 16 frames")
     spatial = _spatial_weights(plan, device)
     out_size = tuple(axis[-1].out_stop for axis in (plan.time, plan.height, plan.width))

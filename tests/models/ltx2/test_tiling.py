@@ -25,22 +25,12 @@ from diffsynth.models.ltx2.video_tiling import decode_tiles, encode_tiled
 from diffsynth.models.ltx2.video_vae import VideoDecoder, VideoEncoder
 from tests.models.ltx2.test_video_vae import tiny_config
 
-UNTILED = TileConfig(
-    tile_size_in_pixels=None,
-    tile_overlap_in_pixels=None,
-    tile_size_in_frames=None,
-    tile_overlap_in_frames=None,
-)
+UNTILED = TileConfig(None, None, None, None)
 
 
 def cells(size: int, overlap: int, time_size: int, time_overlap: int) -> TileConfig:
     """A tiling given in latent cells."""
-    return TileConfig(
-        tile_size_in_pixels=32 * size,
-        tile_overlap_in_pixels=32 * overlap,
-        tile_size_in_frames=8 * time_size,
-        tile_overlap_in_frames=8 * time_overlap,
-    )
+    return TileConfig(32 * size, 32 * overlap, 8 * time_size, 8 * time_overlap)
 
 
 @st.composite
@@ -167,8 +157,8 @@ class LocalEncoder(nn.Module):
         return pixels[:, :, ::8, ::32, ::32].clone()
 
 
-@settings(max_examples=60, deadline=None)
-@given(size=st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8)), tiling=tilings())
+@settings(max_examples=30, deadline=None)
+@given(size=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 7)), tiling=tilings())
 @example(size=(5, 4, 5), tiling=cells(3, 2, 3, 2))
 @torch.inference_mode()
 def test_blending_and_alignment_are_exact_for_a_local_decoder(
@@ -223,13 +213,13 @@ def clean(axis: tuple[Interval, ...], length: int, margin: int) -> Tensor:
 
 @settings(max_examples=6, deadline=None)
 @given(
-    size=st.tuples(st.integers(1, 11), st.integers(2, 9), st.integers(2, 11)),
+    size=st.tuples(st.integers(1, 10), st.integers(2, 5), st.integers(2, 10)),
     overlap=st.integers(1, 7),
     time_overlap=st.integers(0, 7),
     reflect=st.booleans(),
 )
 @example(size=(11, 3, 11), overlap=3, time_overlap=3, reflect=True)
-@example(size=(9, 11, 2), overlap=7, time_overlap=7, reflect=False)
+@example(size=(9, 9, 2), overlap=7, time_overlap=7, reflect=False)
 @torch.inference_mode()
 def test_tiled_equals_whole_in_the_interior(
     size: tuple[int, int, int], overlap: int, time_overlap: int, reflect: bool
@@ -313,14 +303,18 @@ def test_encode_moves_tiles_to_the_encoder_and_equals_it_when_one_tile_holds_all
 @torch.inference_mode()
 def test_encode_raises_short_overlaps_aloud_and_refuses_short_tiles(caplog: pytest.LogCaptureFixture) -> None:
     encoder = VideoEncoder(tiny_config())
-    pixels = torch.zeros(1, 3, 9, 64, 160)
+    pixels = torch.zeros(1, 3, 33, 64, 160)
     with caplog.at_level(logging.WARNING):
         short = encode_tiled(encoder, pixels, cells(3, 1, 3, 1))
     assert "overlaps raised" in caplog.text
     assert torch.equal(short, encode_tiled(encoder, pixels, cells(3, 2, 3, 2)))
+    caplog.clear()
     with pytest.raises(RequestError, match=r"tile_size_in_pixels=64 is too small to encode.*Try: .*=96"):
         encode_tiled(encoder, pixels, cells(2, 1, 3, 1))
     with pytest.raises(RequestError, match=r"tile_size_in_frames=16 is too small to encode.*Try: .*=24"):
         encode_tiled(encoder, pixels, cells(3, 1, 2, 1))
+    # Only an axis that is cut needs its overlap.
+    assert encode_tiled(encoder, pixels[:, :, :9, :, :64], cells(2, 1, 2, 1)).shape == (1, 8, 2, 2, 2)
+    assert not caplog.records
     with pytest.raises(RequestError, match="multiples of 32"):
         encode_tiled(encoder, pixels[..., :50], cells(3, 2, 3, 2))

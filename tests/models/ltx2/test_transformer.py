@@ -330,6 +330,20 @@ def test_cross_timestep_rules_agree_only_at_a_common_sigma(variant: str) -> None
 
 
 @torch.inference_mode()
+def test_the_gate_listens_to_the_sigma_of_the_other_stream() -> None:
+    network = tiny_network("ltx-2")  # without prompt modulation, which also reads sigma
+    video, audio = tiny_pair(network.config)
+    louder = replace(audio, sigma=audio.sigma * 0.5)
+    tokenwise = [network(video, stream)[0] for stream in (audio, louder)]
+    assert differs(*tokenwise)
+    own = [network(video, stream, cross_timestep=CrossTimestep.OWN)[0] for stream in (audio, louder)]
+    assert torch.equal(*own)
+    one_block = tiny_network("ltx-2", num_layers=1)
+    changed = one_block(video, louder)[1], one_block(video, audio)[1]
+    assert torch.equal(*changed)  # the sigma of audio gates what video receives, not what audio receives
+
+
+@torch.inference_mode()
 def test_context_masks_hide_padding() -> None:
     network = tiny_network()
     video = tiny_modality("video", network.config)

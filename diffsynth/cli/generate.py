@@ -1,0 +1,141 @@
+"""``diffsynth generate``: options -> pipeline -> mp4."""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffsynth.cli.options import parse_request
+from diffsynth.errors import RequestError
+from diffsynth.pipelines.inputs import load_inputs
+from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
+from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.utils.media_io_ltx2 import check_output_path, write_video_audio_ltx2
+
+logger = logging.getLogger(__name__)
+
+_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_STRENGTH = re.compile(r"(?P<file>.+)=(?P<strength>-?\d*\.?\d+)")
+_DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """The options that say which models run, and where."""
+
+    checkpoint: tuple[str, ...]
+    gemma: str
+    upsampler: str | None
+    distilled_lora: str | None
+    loras: tuple[str, ...]
+    device: str | None
+    dtype: str
+    vram_limit: float | None
+
+
+def run(*, request: Mapping[str, Any], models: ModelOptions, output: Path, quiet: bool) -> None:
+    """Generate and write; nothing is left at ``output`` unless it is complete.
+
+    Raises:
+        DiffSynthError: of the kind that says what was wrong.
+    """
+    checked = parse_request(request).validate()
+    if checked.audio_only:
+        raise RequestError(
+            "--audio-only has no video to write as mp4",
+            hint="in Python: pipe(..., audio_only=True) gives the sound",
+        )
+    check_output_path(output)
+    inputs = load_inputs(
+        checked,
+        input_images=checked.input_images,
+        in_context_videos=checked.in_context_videos,
+        retake_video=checked.retake_video,
+        retake_audio=checked.retake_audio,
+    )
+    pipe = load_pipeline(models)
+    result = pipe.generate(checked, inputs, ignore if quiet else phases())
+    assert result.frames is not None
+    write_video_audio_ltx2(
+        result.frames, result.waveform, output, fps=checked.frame_rate, request=result.record
+    )
+    logger.info("%s (seed %s)", output, result.request.seed)
+
+
+def load_pipeline(models: ModelOptions) -> LTX2AudioVideoPipeline:
+    """Load what the options name.
+
+    Raises:
+        RequestError: no checkpoint, an unknown dtype.
+        CheckpointError, DownloadError: see :meth:`LTX2AudioVideoPipeline.from_pretrained`.
+    """
+    if not models.checkpoint:
+        raise RequestError(
+            "--checkpoint is missing",
+            hint="--checkpoint FILE, or --checkpoint Lightricks/LTX-2:ltx-2-19b-dev.safetensors",
+        )
+    if models.dtype not in _DTYPES:
+        raise RequestError(f"--dtype={models.dtype} is not known", hint=", ".join(_DTYPES))
+    files = [*models.checkpoint, models.gemma, *([models.upsampler] if models.upsampler else [])]
+    lora, strength = _with_strength(models.distilled_lora, 0.8) if models.distilled_lora else (None, 0.8)
+    pipe = LTX2AudioVideoPipeline.from_pretrained(
+        torch_dtype=_DTYPES[models.dtype],
+        device=models.device,
+        model_configs=[model_config(name) for name in files],
+        tokenizer_config=_tokenizer(models.gemma),
+        stage2_lora_config=model_config(lora) if lora else None,
+        stage2_lora_strength=strength,
+        vram_limit=models.vram_limit,
+    )
+    for name in models.loras:
+        file, alpha = _with_strength(name, 1.0)
+        pipe.load_lora(pipe.dit, model_config(file), alpha=alpha)
+    return pipe
+
+
+def model_config(name: str) -> ModelConfig:
+    """``MODEL_ID:PATTERN``, or a path."""
+    model_id, colon, pattern = name.partition(":")
+    if colon and not Path(name).exists() and _MODEL_ID.fullmatch(model_id):
+        return ModelConfig(model_id=model_id, origin_file_pattern=pattern)
+    return ModelConfig(path=name)
+
+
+def phases() -> OnProgress:
+    """One bar per phase, with the time left."""
+    bar: tqdm[Any] | None = None
+
+    def show(progress: Progress) -> None:
+        nonlocal bar
+        if bar is None or progress.done == 0 or bar.total != progress.total:
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr, unit="step")
+        bar.update(progress.done - bar.n)
+        if progress.done == progress.total:
+            bar.close()
+
+    return show
+
+
+def _tokenizer(gemma: str) -> ModelConfig:
+    config = model_config(gemma)
+    if config.model_id is not None:
+        return ModelConfig(model_id=config.model_id)
+    path = Path(gemma)
+    return ModelConfig(path=path if path.is_dir() else path.parent)
+
+
+def _with_strength(name: str, default: float) -> tuple[str, float]:
+    match = None if Path(name).exists() else _STRENGTH.fullmatch(name)
+    return (match["file"], float(match["strength"])) if match else (name, default)
