@@ -18,9 +18,10 @@ _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every contex
 class StreamBackend:
     """Verbs of a device whose torch module follows ``torch.cuda``: streams, events, allocator figures."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, api: Any = None) -> None:
+        """``api`` is the device's module; None takes the one that torch has for the device's type."""
         self.device = device
-        self._api: Any = torch.get_device_module(device)
+        self._api: Any = torch.get_device_module(device) if api is None else api
 
     def empty(self, nbytes: int, *, label: str = "") -> Tensor:
         """See :meth:`Backend.empty`."""

@@ -57,10 +57,10 @@ def check_writable(path: str | Path) -> Path:
     """
     shown = Path(path)
     final = Path(os.path.realpath(path))
+    _create_beside(final, shown).unlink()
     if final.exists() and not final.is_file():
         kind = "a folder" if final.is_dir() else "not an ordinary file"
         raise OutputError(f"{shown} is {kind}", hint="another file name")
-    _create_beside(final, shown).unlink()
     return shown
 
 
@@ -87,7 +87,8 @@ def _create_beside(final: Path, shown: Path) -> Path:
     temporary = final.with_name(name)
     try:
         # The name itself must be possible too, or the failure would come after all the work.
-        final.exists()
+        with contextlib.suppress(FileNotFoundError):
+            final.stat()
         temporary.touch(exist_ok=False)
     except OSError as error:
         raise output_error(shown, error) from error

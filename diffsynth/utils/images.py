@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -30,6 +31,9 @@ FitMode = Literal["crop", "stretch"]
 """crop: fill the size, cut what is over (the official rule); stretch: the aspect ratio is lost."""
 
 MAX_CRF = 51
+
+BT709 = 1
+"""The code of BT.709 for matrix, primaries and transfer in H.264."""
 
 
 def load_image(source: str | Path | Image.Image, *, argument: str = "image") -> Image.Image:
@@ -195,7 +199,7 @@ def iter_frames(
         raise RequestError(f"{argument}: frame_cap={frame_cap} is below 1", hint="1 or more frames")
     with _opened(path, argument) as (container, stream):
         for frame in islice(container.decode(stream), frame_cap):
-            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            pixels = torch.from_numpy(_rgb(frame))
             turns = 0 if frame.rotation % 90 else frame.rotation // 90
             yield torch.rot90(pixels, turns).contiguous() if turns else pixels
 
@@ -258,6 +262,16 @@ def _opened(path: str | Path, argument: str) -> Iterator[tuple[InputContainer, V
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise RequestError(f"{argument}={path} cannot be read: {error}", hint="another file") from error
+
+
+def _rgb(frame: VideoFrame) -> np.ndarray:
+    """uint8 (H, W, 3) by the colour matrix that the frame names, BT.601 where it names none."""
+    if frame.colorspace != BT709:
+        return frame.to_ndarray(format="rgb24")
+    # Stated on both sides: older versions of the library ignore the label when both are left to it.
+    return frame.to_ndarray(
+        format="rgb24", src_colorspace=Colorspace.ITU709, dst_colorspace=Colorspace.DEFAULT
+    )
 
 
 def _average_rate(stream: VideoStream, path: str | Path, argument: str) -> Fraction:

@@ -25,6 +25,7 @@ from diffsynth.errors import OutputError, RequestError
 from diffsynth.utils.audio import AAC_RATES, Waveform, read_audio
 from diffsynth.utils.files import atomic_file, check_writable
 from diffsynth.utils.images import (
+    BT709,
     MAX_CRF,
     Clip,
     VideoInfo,
@@ -55,8 +56,6 @@ Frames = Tensor | np.ndarray | Image.Image
 SUFFIX = ".mp4"
 DEFAULT_VIDEO_QUALITY = 8.0
 MAX_FPS = 1000
-_BT709 = 1
-"""The code of BT.709 for matrix, primaries and transfer in H.264."""
 _AAC_FRAME = 1024
 _AAC_MAX_BITS = 6144
 """An AAC frame holds 1024 samples in at most so many bits per channel."""
@@ -261,7 +260,7 @@ class _Muxer:
         self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
         context = self._video.codec_context
         context.color_range = int(ColorRange.MPEG)
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.colorspace = context.color_primaries = context.color_trc = BT709
         self._audio = None
         if sound is not None:
             rate = sound.sampling_rate

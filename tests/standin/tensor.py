@@ -75,7 +75,7 @@ class StandInTensor(Tensor):
         return dispatch(func, args, kwargs or {})
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The tensor without its history; setting it replaces the contents, as ``module.to(dtype)`` does."""
         return self.detach()
 
