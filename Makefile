@@ -11,6 +11,7 @@ TINY   := tests/golden/pipelines/tiny_ltx2
 .PHONY: demo test lint types clean
 
 demo: $(STAMP)
+	mkdir -p demo
 	$(BIN)/diffsynth generate "A girl is very happy, she is speaking: I enjoy working with it." \
 	    --checkpoint $(TINY)/ltx-2-tiny-dev.safetensors --gemma $(TINY)/gemma \
 	    --height 128 --width 192 --num-frames 25 --num-inference-steps 8 --seed 43 \

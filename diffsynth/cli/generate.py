@@ -66,9 +66,7 @@ def run(*, request: Mapping[str, Any], models: ModelOptions, output: Path, quiet
     pipe = load_pipeline(models)
     result = pipe.generate(checked, inputs, ignore if quiet else phases())
     assert result.frames is not None
-    write_video_audio_ltx2(
-        result.frames, result.waveform, output, fps=checked.frame_rate, request=result.record
-    )
+    write_video_audio_ltx2(result.frames, result.waveform, output)
     logger.info("%s (seed %s)", output, result.request.seed)
 
 

@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from diffsynth.errors import DownloadError
 
@@ -62,17 +62,20 @@ class ModelScope:
         """All files of a repository with their sizes."""
         from modelscope.hub.api import HubApi
 
-        entries = HubApi().get_model_files(model_id, recursive=True)
-        files = [RemoteFile(e["Path"], int(e["Size"])) for e in entries if e.get("Type") != "tree"]
-        # Newer versions list folders without saying so.
-        folders = {str(parent) for file in files for parent in PurePosixPath(file.path).parents}
-        return [file for file in files if file.path not in folders]
+        return modelscope_files(HubApi().get_model_files(model_id, recursive=True))
 
     def download(self, model_id: str, path: str, into: Path) -> Path:
         """Fetch one file below ``into``."""
         from modelscope.hub.file_download import model_file_download
 
         return Path(model_file_download(model_id, path, local_dir=str(into)))
+
+
+def modelscope_files(entries: Iterable[Mapping[str, Any]]) -> list[RemoteFile]:
+    """The files of ModelScope's list, in which newer versions of its library do not mark folders."""
+    files = [RemoteFile(e["Path"], int(e["Size"])) for e in entries if e.get("Type") != "tree"]
+    folders = {str(parent) for file in files for parent in PurePosixPath(file.path).parents}
+    return [file for file in files if file.path not in folders]
 
 
 class HuggingFace:
@@ -153,11 +156,13 @@ def fetch(
         DownloadError: the hub does not answer, nothing fits, the disk is too small, a file came incomplete.
     """
     with _explained(hub, model_id, "list the files"):
-        listed = [file for file in hub.list_files(model_id) if ".." not in PurePosixPath(file.path).parts]
+        listed = [file for file in hub.list_files(model_id) if _stays_inside(file.path)]
     patterns = list(patterns)
     wanted = _select(listed, patterns, f"{hub.name}: {model_id}")
     absent = [file for file in wanted if not (folder / file.path).is_file()]
+    marks = [pending_mark(folder, pattern) for pattern in patterns if is_folder(pattern)]
     if not absent:
+        _remove(marks)
         return []
     total = sum(file.size for file in absent)
     available = free(folder)
@@ -165,13 +170,7 @@ def fetch(
         "fetching %s in %d file(s) from %s: %s to %s (%s free)",
         _size(total), len(absent), hub.name, model_id, folder, _size(available),
     )  # fmt: skip
-    needed = total - sum(_arrived(_work_folder(folder, file.path)) for file in absent) + _SPARE_BYTES
-    if needed > available:
-        raise DownloadError(
-            f"{model_id}: {_size(needed)} more are needed in {folder}, {_size(available)} are free",
-            hint="free some space, or set local_model_path or DIFFSYNTH_MODEL_BASE_PATH to another disk",
-        )
-    marks = [pending_mark(folder, pattern) for pattern in patterns if is_folder(pattern)]
+    _check_room(absent, folder, available)
     (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     for mark in marks:
         mark.touch()
@@ -180,9 +179,28 @@ def fetch(
             logger.info("file %d of %d: %s, %s", number, len(absent), file.path, _size(file.size))
             _fetch_file(hub, model_id, file, folder)
             advance(file.size)
+    _remove(marks)
+    return [folder / file.path for file in absent]
+
+
+def _check_room(files: list[RemoteFile], folder: Path, available: int) -> None:
+    """Raise DownloadError when the disk is too small for what is still to come."""
+    there = sum(_arrived(_work_folder(folder, file.path)) for file in files)
+    needed = sum(file.size for file in files) - there + _SPARE_BYTES
+    if needed > available:
+        raise DownloadError(
+            f"{folder} needs {_size(needed)} more, {_size(available)} are free",
+            hint="free some space, or set local_model_path or DIFFSYNTH_MODEL_BASE_PATH to another disk",
+        )
+
+
+def _stays_inside(path: str) -> bool:
+    return ".." not in PurePosixPath(path).parts and not Path(path).is_absolute()
+
+
+def _remove(marks: list[Path]) -> None:
     for mark in marks:
         mark.unlink(missing_ok=True)
-    return [folder / file.path for file in absent]
 
 
 def _select(listed: list[RemoteFile], patterns: list[str], where: str) -> list[RemoteFile]:

@@ -29,9 +29,10 @@ class LoraHandle:
 class LoraStack:
     """The LoRAs that are active on one module; the order of adding is the order of summing.
 
-    Factors are copied to the device and dtype of a layer's output when the layer first runs, and stay there
-    until the LoRA is removed.  ``max_cached_bytes`` bounds those copies: layers beyond it copy their factors
-    anew at each call, which trades time for memory with LoRAs of a high rank.
+    The outputs of the layers, which are fresh tensors, are changed in place.  Factors are copied to the
+    device and dtype of a layer's output when the layer first runs, and stay there until the LoRA is removed.
+    ``max_cached_bytes`` bounds those copies: layers beyond it copy their factors anew at each call, which
+    trades time for memory with LoRAs of a high rank.
     """
 
     def __init__(self, module: nn.Module, *, max_cached_bytes: int | None = None) -> None:

@@ -1,11 +1,12 @@
-"""From model configurations to the parts of a pipeline: open, recognise, load, check that all fit."""
+"""From model configurations to the parts of a pipeline: open, recognise, check that all fit, load."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.errors import CheckpointError, RequestError
@@ -19,6 +20,7 @@ from diffsynth.loader import (
     model_version,
     sort_networks,
 )
+from diffsynth.lora import Lora, linear_shapes, read_lora
 from diffsynth.models.ltx2.upsampler import UpsamplerConfig
 from diffsynth.pipelines.parts import ModelVersion, Parts
 
@@ -54,17 +56,49 @@ class Assembly:
         return "distilled" in self.sources.get("dit", "").lower()
 
 
-def assemble(
-    model_configs: Sequence[ModelConfig],
-    tokenizer_config: ModelConfig | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Assembly:
-    """Load everything that the configurations name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedModels:
+    """All files opened and found to fit together; no weight is read yet."""
+
+    networks: Mapping[NetworkKind, NetworkWeights]
+    version: ModelVersion
+    tokenizer: PromptTokenizer | None
+
+    def outline(self, device: torch.device, dtype: torch.dtype) -> Assembly:
+        """The parts without weights, on the meta device: enough to check a request or a LoRA against."""
+        return self._assemble(device, dtype, lambda _, weights: weights.build())
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Assembly:
+        """Read all weights."""
+
+        def read(kind: NetworkKind, weights: NetworkWeights) -> nn.Module:
+            logger.info("%s: %s", PART_OF[kind], weights.files.name)
+            return load_network(kind, weights.files, dtype=dtype, device=device)
+
+        return self._assemble(device, dtype, read)
+
+    def _assemble(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        make: Callable[[NetworkKind, NetworkWeights], nn.Module],
+    ) -> Assembly:
+        parts = Parts(device=device, dtype=dtype, version=self.version, tokenizer=self.tokenizer)
+        for kind, weights in self.networks.items():
+            setattr(parts, PART_OF[kind], make(kind, weights))
+        sources = {PART_OF[kind]: _shown(weights.files) for kind, weights in self.networks.items()}
+        return Assembly(parts=parts, sources=sources)
+
+
+def open_models(
+    model_configs: Sequence[ModelConfig], tokenizer_config: ModelConfig | None = None
+) -> OpenedModels:
+    """Open everything that the configurations name: headers and the tokenizer, no weights.
 
     Raises:
         RequestError: a configuration that cannot work, or none at all.
         CheckpointError: files that are missing, damaged, unknown, given twice, or of two model versions.
+        DownloadError: a file could not be fetched.
     """
     if not model_configs:
         raise RequestError(
@@ -75,17 +109,34 @@ def assemble(
         config.validate()
     opened = [config.open() for config in model_configs]
     version = _common_version(opened)
-    located = {kind: _locate(kind, files) for kind, files in sort_networks(opened).items()}
-    sources = {PART_OF[kind]: _shown(weights.files) for kind, weights in located.items()}
-    if NetworkKind.UPSAMPLER in located and NetworkKind.TRANSFORMER in located:
-        _check_upsampler(located[NetworkKind.UPSAMPLER], version)
-    parts = Parts(device=device, dtype=dtype, version=version)
-    for kind, weights in located.items():
-        logger.info("%s: %s", PART_OF[kind], weights.files.name)
-        setattr(parts, PART_OF[kind], load_network(kind, weights.files, dtype=dtype, device=device))
-    if tokenizer_config is not None:
-        parts.tokenizer = PromptTokenizer(_folder(tokenizer_config.resolve()))
-    return Assembly(parts=parts, sources=sources)
+    networks = {kind: _locate(kind, files) for kind, files in sort_networks(opened).items()}
+    if NetworkKind.UPSAMPLER in networks and NetworkKind.TRANSFORMER in networks:
+        _check_upsampler(networks[NetworkKind.UPSAMPLER], version)
+    tokenizer = None if tokenizer_config is None else PromptTokenizer(_folder(tokenizer_config.resolve()))
+    return OpenedModels(networks=networks, version=version, tokenizer=tokenizer)
+
+
+def read_transformer_lora(parts: Parts, source: str | Path | ModelConfig | Mapping[str, Tensor]) -> Lora:
+    """Read a LoRA for the transformer.
+
+    Raises:
+        CheckpointError: no transformer to put it on, unreadable, or made for the other model version.
+    """
+    parts.require(["dit"])
+    assert parts.dit is not None
+    shapes = linear_shapes(parts.dit)
+    if isinstance(source, ModelConfig):
+        source.validate()
+        source = source.state_dict if source.state_dict is not None else source.resolve()[0]
+    lora = read_lora(source, shapes.keys(), shapes)
+    logger.info("%s", lora.report)
+    model = MODEL_NAMES[parts.version]
+    if lora.report.made_for not in (None, model):
+        raise CheckpointError(
+            f"{lora.report.source} was made for {lora.report.made_for}, the model is {model}",
+            hint=f"a LoRA for {model}",
+        )
+    return lora
 
 
 def is_spatial_x2(config: UpsamplerConfig) -> bool:

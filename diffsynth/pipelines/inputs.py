@@ -29,6 +29,39 @@ class Inputs:
     retake_video: tuple[Image.Image, ...] | None = None
     retake_audio: Waveform | None = None
 
+    def check(self, request: GenerateRequest) -> None:
+        """Make sure that these are the objects of ``request``.
+
+        Raises:
+            RequestError: the request names more or fewer of them.
+        """
+        for name, here, named in (
+            ("input_images", len(self.images), len(request.input_images)),
+            ("in_context_videos", len(self.in_context_videos), len(request.in_context_videos)),
+            ("retake_video", self.retake_video is not None, request.retake_video is not None),
+            ("retake_audio", self.retake_audio is not None, request.retake_audio is not None),
+        ):
+            if here != named:
+                raise RequestError(
+                    f"{name}: the request names {int(named)}, {int(here)} came with it",
+                    hint="inputs=None reads what the request names",
+                )
+
+
+def inputs_by_path(request: GenerateRequest) -> Inputs:
+    """Read everything that a request names.
+
+    Raises:
+        RequestError: see :func:`load_inputs`.
+    """
+    return load_inputs(
+        request,
+        input_images=request.input_images,
+        in_context_videos=request.in_context_videos,
+        retake_video=request.retake_video,
+        retake_audio=request.retake_audio,
+    )
+
 
 def name_of(value: Picture | Clip | Sound) -> str:
     """What the request records: the path, or the kind and size of an object in memory."""

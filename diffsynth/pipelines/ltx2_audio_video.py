@@ -14,12 +14,26 @@ from tqdm import tqdm
 from diffsynth import __version__
 from diffsynth.conditioning.tokens import audio_latent_frames
 from diffsynth.device import resolve_device
-from diffsynth.errors import CheckpointError, RequestError
+from diffsynth.errors import RequestError
 from diffsynth.loader import ModelConfig
-from diffsynth.lora import Lora, LoraHandle, LoraStack, linear_shapes, read_lora
-from diffsynth.models.ltx2.tiling import TileConfig
-from diffsynth.pipelines.assemble import MODEL_NAMES, Assembly, assemble, is_spatial_x2
-from diffsynth.pipelines.inputs import Clip, Inputs, Picture, Sound, load_inputs, request_fields
+from diffsynth.lora import Lora, LoraHandle, LoraStack
+from diffsynth.pipelines.assemble import (
+    MODEL_NAMES,
+    Assembly,
+    is_spatial_x2,
+    open_models,
+    read_transformer_lora,
+)
+from diffsynth.pipelines.checks import check_rand_device, check_sizes
+from diffsynth.pipelines.inputs import (
+    Clip,
+    Inputs,
+    Picture,
+    Sound,
+    inputs_by_path,
+    load_inputs,
+    request_fields,
+)
 from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ProgressBar, ignore, with_bar
@@ -82,6 +96,7 @@ class LTX2AudioVideoPipeline:
         stage2_lora_config: ModelConfig | None = None,
         stage2_lora_strength: float = 0.8,
         vram_limit: float | None = None,
+        request: GenerateRequest | None = None,
     ) -> Self:
         """Load a pipeline.
 
@@ -93,6 +108,8 @@ class LTX2AudioVideoPipeline:
             stage2_lora_config: the distilled LoRA, active in the second stage only.
             stage2_lora_strength: its strength.
             vram_limit: device memory to stay under, in GB (2**30 bytes).
+            request: one that will be made: if these files cannot serve it, the error comes before any weight
+                is read.
 
         Raises:
             RequestError: an argument that cannot work.
@@ -103,12 +120,16 @@ class LTX2AudioVideoPipeline:
             raise RequestError(
                 f"vram_limit={vram_limit} is not a positive number of GB", hint="vram_limit=7.5"
             )
+        if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+            raise RequestError(f"torch_dtype={torch_dtype!r} is not a floating dtype", hint="torch.bfloat16")
         target = resolve_device(device)
-        tokenizer = tokenizer_config or ModelConfig(model_id=GEMMA_ID)
-        assembly = assemble(model_configs, tokenizer, target, torch_dtype)
-        lora = None
+        opened = open_models(model_configs, tokenizer_config or ModelConfig(model_id=GEMMA_ID))
+        outline, lora = opened.outline(target, torch_dtype), None
         if stage2_lora_config is not None:
-            lora = _read_lora(assembly.parts, stage2_lora_config)
+            lora = read_transformer_lora(outline.parts, stage2_lora_config)
+        if request is not None:
+            cls(outline, stage2_lora=lora).check(request)
+        assembly = opened.load(target, torch_dtype)
         return cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
 
     def __getattr__(self, name: str) -> Any:
@@ -133,7 +154,7 @@ class LTX2AudioVideoPipeline:
         """
         if self._loras is None or module is not self.parts.dit:
             raise RequestError("load_lora changes the transformer only", hint="pipe.load_lora(pipe.dit, ...)")
-        return self._loras.add(_read_lora(self.parts, lora), alpha)
+        return self._loras.add(read_transformer_lora(self.parts, lora), alpha)
 
     def clear_lora(self) -> None:
         """Take all LoRAs of :meth:`load_lora` away; the weights are what they were, bit for bit."""
@@ -219,27 +240,32 @@ class LTX2AudioVideoPipeline:
     ) -> Result:
         """Run a request; :meth:`__call__` is this with arguments instead of a request.
 
+        Args:
+            request: what to make.
+            inputs: the objects that it names; None reads them from the paths that it names.
+            on_progress: called after every step of every phase.
+
         Raises:
             RequestError: an argument that cannot work; raised before any weight is touched.
             CheckpointError: a part that this request needs was not loaded.
         """
-        request.validate()
+        self.check(request)
+        inputs = inputs_by_path(request) if inputs is None else inputs
+        inputs.check(request)
         request = replace(request, seed=resolve_seed(request.seed))
         assert request.seed is not None
         conventions = get_conventions(request.conventions)
         stages = plan_stages(request, self.parts.version)
-        units = self._units(request, stages)
-        self.check(request, units)
         state = GenerationState(
             request=request,
-            inputs=inputs or Inputs(),
+            inputs=inputs,
             conventions=conventions,
             stages=stages,
             noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
         )
-        for unit in units:
+        for unit in self._units(request, stages):
             unit.run(self.parts, state)
         record = self._record(request)
         frames = None
@@ -254,25 +280,17 @@ class LTX2AudioVideoPipeline:
             record=record,
         )
 
-    def check(self, request: GenerateRequest, units: Sequence[Unit] | None = None) -> None:
+    def check(self, request: GenerateRequest) -> None:
         """Everything that a request needs of this pipeline, before any of it runs.
 
         Raises:
             RequestError, CheckpointError: see :meth:`generate`.
         """
-        units = self._units(request, plan_stages(request, self.parts.version)) if units is None else units
-        if request.tiled:
-            TileConfig(
-                request.tile_size_in_pixels,
-                request.tile_overlap_in_pixels,
-                request.tile_size_in_frames,
-                request.tile_overlap_in_frames,
-            )
-        if audio_latent_frames(request.num_frames, request.frame_rate) < 1:
-            raise RequestError(
-                f"num_frames={request.num_frames} at frame_rate={request.frame_rate} is too short for sound",
-                hint="num_frames=9 or more",
-            )
+        request.validate()
+        stages = plan_stages(request, self.parts.version)
+        get_conventions(request.conventions)
+        check_rand_device(request)
+        check_sizes(request, self.parts, stages)
         if request.use_two_stage_pipeline:
             self._check_two_stages(request)
         if self._assembly.says_distilled and guided(request):
@@ -281,9 +299,10 @@ class LTX2AudioVideoPipeline:
                 hint="use_distilled_pipeline=True, or cfg_scale=1, or a dev checkpoint",
             )
         if request.use_distilled_pipeline and request.num_inference_steps is not None:
-            logger.info("num_inference_steps is not used: a distilled model has its own list of steps")
+            logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
         if not request.prompt.strip():
-            logger.info("the prompt is empty: the model chooses what to show")
+            logger.warning("the prompt is empty: the model chooses what to show")
+        units = self._units(request, stages)
         self.parts.require(dict.fromkeys(name for unit in units for name in unit.needs))
 
     def _audio_shape(self, request: GenerateRequest) -> tuple[int, int, int, int] | None:
@@ -373,26 +392,3 @@ def _second_stage(loras: LoraStack, lora: Lora | None, strength: float, alone: b
         finally:
             for handle, before in strengths.items():
                 loras.set_strength(handle, before)
-
-
-def _read_lora(parts: Parts, source: str | Path | ModelConfig | Mapping[str, Tensor]) -> Lora:
-    """Read a LoRA for the transformer.
-
-    Raises:
-        CheckpointError: no transformer to put it on, unreadable, or made for the other model version.
-    """
-    parts.require(["dit"])
-    assert parts.dit is not None
-    shapes = linear_shapes(parts.dit)
-    if isinstance(source, ModelConfig):
-        source.validate()
-        source = source.state_dict if source.state_dict is not None else source.resolve()[0]
-    lora = read_lora(source, shapes.keys(), shapes)
-    logger.info("%s", lora.report)
-    model = MODEL_NAMES[parts.version]
-    if lora.report.made_for not in (None, model):
-        raise CheckpointError(
-            f"{lora.report.source} was made for {lora.report.made_for}, the model is {model}",
-            hint=f"a LoRA for {model}",
-        )
-    return lora

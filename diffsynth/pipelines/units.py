@@ -1,8 +1,9 @@
 """The units of a generation.  Each names the parts it needs, does one thing, and can be run alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,11 +24,12 @@ from diffsynth.conditioning.text import encode_prompts
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
-from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.models.ltx2.tiling import decode_plan
 from diffsynth.models.ltx2.upsampler import upsample_latent
 from diffsynth.models.ltx2.video_tiling import decode_tiles, encode_tiled
 from diffsynth.models.ltx2.video_vae import to_uint8
 from diffsynth.models.ltx2.vocoder import decode_audio
+from diffsynth.pipelines.checks import tile_config
 from diffsynth.pipelines.denoiser import Denoiser
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
@@ -91,40 +93,61 @@ class EncodeVideoInputs:
 
     def run(self, parts: Parts, state: GenerationState) -> None:
         """Fill ``video_items``, and ``video_latent`` of the first stage when a clip is retaken."""
-        request, inputs = state.request, state.inputs
-        total = len(inputs.images) + len(inputs.in_context_videos) + (inputs.retake_video is not None)
         phase = f"encode inputs of stage {self.stage.number}"
-        state.report(phase, 0, total)
+        jobs = list(self._jobs(parts, state))
         items: list[ConditioningItem] = []
-        for done, item in enumerate(self._items(parts, state), 1):
-            items.append(item)
-            state.report(phase, done, total)
+        for done, job in enumerate(jobs):
+            state.report(phase, done, len(jobs))
+            items += job()
+        if jobs:
+            state.report(phase, len(jobs), len(jobs))
+        if state.inputs.retake_video is not None and not state.request.retake_video_regions:
+            items.append(Frozen())
         state.video_items = items
-        if inputs.retake_video is not None and not request.retake_video_regions:
-            state.video_items.append(Frozen())
 
-    def _items(self, parts: Parts, state: GenerationState) -> Iterator[ConditioningItem]:
+    def _jobs(self, parts: Parts, state: GenerationState) -> Iterator[Callable[[], list[ConditioningItem]]]:
+        """One per picture or clip to encode; it returns the items that come of it."""
         request, inputs, stage = state.request, state.inputs, self.stage
         if inputs.retake_video is not None:
-            latent = self._encode(parts, state, inputs.retake_video, stage.height, stage.width)
-            if stage.number == 1:
-                state.video_latent = latent
-            if request.retake_video_regions:
-                yield TemporalRegion(regions=request.retake_video_regions)
-        crf = DEFAULT_CRF if request.input_images_crf is None else request.input_images_crf
+            yield partial(self._retake, parts, state, inputs.retake_video)
         for image, frame, strength in zip(
             inputs.images, request.image_frames(), request.image_strengths(), strict=True
         ):
-            latent = self._encode(parts, state, [image], stage.height, stage.width, crf)
-            if frame == 0:
-                yield LatentAtIndex(latent=latent, strength=strength)
-            else:
-                yield Keyframe(latent=latent, frame_index=frame, strength=strength)
+            yield partial(self._picture, parts, state, image, frame, strength)
         if stage.number == 1:
-            factor = request.in_context_downsample_factor
             for clip in inputs.in_context_videos:
-                latent = self._encode(parts, state, clip, stage.height // factor, stage.width // factor)
-                yield ReferenceClip(latent=latent, downscale_factor=factor)
+                yield partial(self._reference, parts, state, clip)
+
+    def _retake(
+        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image]
+    ) -> list[ConditioningItem]:
+        stage, regions = self.stage, state.request.retake_video_regions
+        latent = self._encode(parts, state, clip, stage.height, stage.width)
+        items: list[ConditioningItem] = []
+        if stage.number == 1:
+            state.video_latent = latent
+        else:  # what is kept comes from the clip at this size, not from the upsampler
+            items.append(LatentAtIndex(latent=latent))
+        if regions:
+            items.append(TemporalRegion(regions=regions))
+        return items
+
+    def _picture(
+        self, parts: Parts, state: GenerationState, image: Image.Image, frame: int, strength: float
+    ) -> list[ConditioningItem]:
+        request, stage = state.request, self.stage
+        crf = DEFAULT_CRF if request.input_images_crf is None else request.input_images_crf
+        latent = self._encode(parts, state, [image], stage.height, stage.width, crf)
+        if frame == 0:
+            return [LatentAtIndex(latent=latent, strength=strength)]
+        return [Keyframe(latent=latent, frame_index=frame, strength=strength)]
+
+    def _reference(
+        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image]
+    ) -> list[ConditioningItem]:
+        stage, factor = self.stage, state.request.in_context_downsample_factor
+        latent = self._encode(parts, state, clip, stage.height // factor, stage.width // factor)
+        return [ReferenceClip(latent=latent, downscale_factor=factor)]
 
     def _encode(
         self,
@@ -144,7 +167,7 @@ class EncodeVideoInputs:
             latent = encode_tiled(
                 parts.video_vae_encoder,
                 pixels,
-                _tiling(state.request),
+                tile_config(state.request),
                 device=parts.device,
                 dtype=parts.dtype,
             )
@@ -276,8 +299,9 @@ class DecodeVideo:
         assert parts.video_vae_decoder is not None
         assert state.video_latent is not None
         latent = state.video_latent.to(device=parts.device, dtype=parts.dtype)
-        tiling = _tiling(state.request) if state.request.tiled else TileConfig(None, None, None, None)
-        state.report("decode video", 0, 1)
+        tiling = tile_config(state.request)
+        frames, height, width = latent.shape[2:]
+        state.report("decode video", 0, decode_plan((frames, height, width), tiling).num_tiles)
         chunks = decode_tiles(
             parts.video_vae_decoder,
             latent,
@@ -331,15 +355,6 @@ def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit
     if fit is ImageFit.STRETCH:
         return fit_image(compress_round_trip(image.resize((width, height)), crf), height, width, "stretch")
     return fit_image(compress_round_trip(image, crf), height, width, "crop")
-
-
-def _tiling(request: GenerateRequest) -> TileConfig:
-    return TileConfig(
-        request.tile_size_in_pixels,
-        request.tile_overlap_in_pixels,
-        request.tile_size_in_frames,
-        request.tile_overlap_in_frames,
-    )
 
 
 def _as_pictures(chunk: Tensor) -> list[Image.Image]:

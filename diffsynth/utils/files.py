@@ -15,12 +15,13 @@ _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, argument: str = "") -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its name when the ``with`` block ends well.
 
     The block writes to the path that it is given, which exists and is empty, and closes it.  The content is
     flushed to the disk before the name changes, so that a power cut leaves the old file or the new one.
     After any exception, also KeyboardInterrupt, nothing is left and an older file of that name is untouched.
+    Errors name ``argument``, the argument that the path was given as, if it is stated.
 
     Raises:
         OutputError: the folder is missing or not writable, the disk is full, or the name cannot be taken.
@@ -28,7 +29,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     # A link keeps pointing at its file; the replacement happens where the file is.
     final = Path(os.path.realpath(path))
-    temporary = _create_beside(final, Path(path))
+    temporary = _create_beside(final, path, argument)
     try:
         yield temporary
         _flush(temporary)
@@ -36,7 +37,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and _is_about(error, temporary):
-            raise output_error(path, error) from error
+            raise output_error(path, error, argument=argument) from error
         raise
     _flush_folder(final.parent)
 
@@ -48,23 +49,22 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         temporary.write_bytes(data)
 
 
-def check_writable(path: str | Path) -> Path:
+def check_writable(path: str | Path, *, argument: str = "") -> Path:
     """Make sure, by trying, that a file can be created beside ``path``; nothing stays behind.
 
     Returns: ``path`` as a Path.
     Raises:
         OutputError: the folder is missing or not writable, or ``path`` is a folder or a device.
     """
-    shown = Path(path)
     final = Path(os.path.realpath(path))
-    _create_beside(final, shown).unlink()
+    _create_beside(final, path, argument).unlink()
     if final.exists() and not final.is_file():
         kind = "a folder" if final.is_dir() else "not an ordinary file"
-        raise OutputError(f"{shown} is {kind}", hint="another file name")
-    return shown
+        raise OutputError(f"{_label(path, argument)} is {kind}", hint="another file name")
+    return Path(path)
 
 
-def output_error(path: str | Path, error: OSError) -> OutputError:
+def output_error(path: str | Path, error: OSError, *, argument: str = "") -> OutputError:
     """The error for the user when writing ``path`` failed with ``error``."""
     folder = Path(path).parent
     reason = os.strerror(error.errno) if error.errno else str(error)
@@ -78,10 +78,14 @@ def output_error(path: str | Path, error: OSError) -> OutputError:
         **dict.fromkeys(_OUT_OF_SPACE, f"free space in {folder}, or another disk"),
     }
     hint = hints.get(error.errno or 0, "another folder")
-    return OutputError(f"{path} could not be written: {reason}", hint=hint)
+    return OutputError(f"{_label(path, argument)} could not be written: {reason}", hint=hint)
 
 
-def _create_beside(final: Path, shown: Path) -> Path:
+def _label(path: str | Path, argument: str) -> str:
+    return f"{argument}={path}" if argument else str(path)
+
+
+def _create_beside(final: Path, shown: str | Path, argument: str) -> Path:
     """A new empty file in the folder of ``final``, with the access rights that a new file gets there."""
     name = f".{final.name[:_NAME_SHOWN]}.{secrets.token_hex(4)}.part"
     temporary = final.with_name(name)
@@ -91,7 +95,7 @@ def _create_beside(final: Path, shown: Path) -> Path:
             final.stat()
         temporary.touch(exist_ok=False)
     except OSError as error:
-        raise output_error(shown, error) from error
+        raise output_error(shown, error, argument=argument) from error
     return temporary
 
 

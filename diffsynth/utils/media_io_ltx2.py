@@ -54,6 +54,7 @@ Frames = Tensor | np.ndarray | Image.Image
 """uint8 (H, W, 3) or (F, H, W, 3), or a picture."""
 
 SUFFIX = ".mp4"
+ARGUMENT = "output_path"
 DEFAULT_VIDEO_QUALITY = 8.0
 MAX_FPS = 1000
 _AAC_FRAME = 1024
@@ -65,7 +66,7 @@ def write_video_audio_ltx2(
     video: Tensor | np.ndarray | Iterable[Frames],
     audio: Any,
     output_path: str | Path,
-    fps: float | Fraction = 24,
+    fps: float | Fraction | None = None,
     audio_sample_rate: int | None = None,
     *,
     video_quality: float = DEFAULT_VIDEO_QUALITY,
@@ -86,6 +87,7 @@ def write_video_audio_ltx2(
             silence, to the length of the video.
         output_path: ends in .mp4; its folder exists.
         fps: frames per second; 23.976, 29.97, 59.94 and their like stand for n * 1000 / 1001, and are exact.
+            None: the rate that ``video`` carries as ``frame_rate``, else 24.
         audio_sample_rate: Hz.  None: the rate that ``audio`` carries, else samples / duration of the video,
             taken as the nearest rate of AAC when that makes both lengths equal to within one frame.  A rate
             that AAC cannot store is resampled to the nearest that it can.
@@ -94,6 +96,7 @@ def write_video_audio_ltx2(
         crf: constant rate factor of libx264, 0 (lossless) to 51, instead of ``video_quality``.
         audio_bitrate: bits per second, lowered to what AAC can hold at the rate.
         request: stored as JSON in the tags ``comment`` and ``diffsynth``; :func:`read_request` reads it.
+            None: what ``video`` carries as ``record``.
 
     Returns: the path of the file.
 
@@ -102,16 +105,16 @@ def write_video_audio_ltx2(
         OutputError: the folder is missing, not writable or full.
     """
     path = check_output_path(output_path)
-    rate = exact_frame_rate(fps)
+    rate = _frame_rate(fps, getattr(video, "frame_rate", None))
     quality = _crf(video_quality, crf)
-    tags = request_tags(request)
+    tags = request_tags(getattr(video, "record", None) if request is None else request)
     sound = _sound(audio, audio_sample_rate, _count(video), rate)
     frames = _iterate(video)
     first = next(frames, None)
     if first is None:
         raise RequestError("video holds no frames", hint="at least one frame")
     height, width = _check_size(first)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, argument=ARGUMENT) as temporary:
         try:
             with _Muxer(temporary, (width, height), rate, quality, sound, audio_bitrate, tags) as muxer:
                 for frame in chain([first], frames):
@@ -121,7 +124,9 @@ def write_video_audio_ltx2(
         except av.FFmpegError as error:
             if isinstance(error, OSError):
                 raise
-            raise OutputError(f"{path} could not be encoded: {error}", hint="another size or fps") from error
+            raise OutputError(
+                f"{ARGUMENT}={path} could not be encoded: {error}", hint="another size or fps"
+            ) from error
     return path
 
 
@@ -134,8 +139,8 @@ def check_output_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
-        raise RequestError(f"output_path={path} does not end in {SUFFIX}", hint=f"{path.with_suffix(SUFFIX)}")
-    return check_writable(path)
+        raise RequestError(f"{ARGUMENT}={path} does not end in {SUFFIX}", hint=f"{path.with_suffix(SUFFIX)}")
+    return check_writable(path, argument=ARGUMENT)
 
 
 def exact_frame_rate(fps: float | Fraction) -> Fraction:
@@ -153,6 +158,15 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
         if abs(fps - broadcast) < 0.005:
             return broadcast
     return max(Fraction(fps).limit_denominator(100_000), Fraction(1, 100_000))
+
+
+def _frame_rate(stated: float | Fraction | None, carried: float | None) -> Fraction:
+    """The stated rate, else the one that the frames were made for, else 24."""
+    if stated is None:
+        return exact_frame_rate(24 if carried is None else carried)
+    if carried is not None and exact_frame_rate(carried) != exact_frame_rate(stated):
+        logger.warning("fps=%s, but the video was made for %s frames per second", stated, carried)
+    return exact_frame_rate(stated)
 
 
 def _crf(video_quality: float, crf: int | None) -> int:
@@ -335,6 +349,6 @@ def _verify(path: Path, num_frames: int, shown: Path) -> None:
         with av.open(str(path), "r") as container:
             found = container.streams.video[0].frames
     except av.FFmpegError as error:
-        raise OutputError(f"{shown} could not be written: {error}", hint="another disk") from error
+        raise OutputError(f"{ARGUMENT}={shown} could not be written: {error}", hint="another disk") from error
     if found != num_frames:
-        raise OutputError(f"{shown} holds {found} of {num_frames} frames", hint="free space, or another disk")
+        raise OutputError(f"{ARGUMENT}={shown} holds {found} of {num_frames} frames", hint="another disk")

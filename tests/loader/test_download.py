@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth.errors import DownloadError
-from diffsynth.loader.download import HUBS, RemoteFile, fetch, free_bytes, matches
+from diffsynth.loader.download import HUBS, RemoteFile, fetch, free_bytes, matches, modelscope_files
 from tests.loader.fake_hub import FakeHub
 
 MODEL = "owner/model"
@@ -50,7 +50,7 @@ def test_total_size_is_told_before_the_first_byte(tmp_path: Path, caplog: pytest
 
 def test_full_disk_is_refused_with_figures_before_anything_is_fetched(tmp_path: Path) -> None:
     hub = FakeHub({"a.safetensors": b"x"}, sizes={"a.safetensors": 43_284_455_114})
-    with pytest.raises(DownloadError, match=r"43\.4 GB more are needed .* 20\.0 GB are free") as raised:
+    with pytest.raises(DownloadError, match=r"needs 43\.4 GB more, 20\.0 GB are free") as raised:
         fetch(hub, MODEL, ["a.safetensors"], tmp_path, free=lambda _: 20 * 10**9)
     assert "local_model_path" in raised.value.hint
     assert hub.downloads == []
@@ -132,9 +132,10 @@ def test_hub_that_does_not_answer_is_explained(tmp_path: Path) -> None:
     assert isinstance(raised.value.__cause__, OSError)
 
 
-def test_a_path_that_leaves_the_folder_is_not_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "pattern"), [("../a.txt", "*/a.txt"), ("/a/b.txt", "/a/b.txt")])
+def test_a_path_that_leaves_the_folder_is_not_listed(tmp_path: Path, path: str, pattern: str) -> None:
     with pytest.raises(DownloadError, match="no file that fits"):
-        fetch(FakeHub({"../a.safetensors": b"x"}), MODEL, ["*/a.safetensors"], tmp_path / "inside")
+        fetch(FakeHub({path: b"x"}), MODEL, [pattern], tmp_path / "inside")
 
 
 def test_two_at_once_fetch_each_file_once(tmp_path: Path) -> None:
@@ -203,6 +204,16 @@ def test_the_hubs_have_the_names_that_the_option_uses() -> None:
         "modelscope": "modelscope",
         "huggingface": "huggingface",
     }
+
+
+def test_folders_of_modelscope_are_no_files() -> None:
+    older = [
+        {"Path": "tokenizer", "Size": 0, "Type": "tree"},
+        {"Path": "tokenizer/tokenizer.json", "Size": 33, "Type": "blob"},
+        {"Path": "empty", "Size": 0, "Type": "tree"},
+    ]
+    newer = [{"Path": "tokenizer", "Size": 0}, {"Path": "tokenizer/tokenizer.json", "Size": 33}]
+    assert modelscope_files(older) == modelscope_files(newer) == [("tokenizer/tokenizer.json", 33)]
 
 
 def test_hub_libraries_take_the_arguments_that_are_used() -> None:

@@ -151,6 +151,16 @@ def test_interrupted_tokenizer_folder_is_not_taken_for_whole() -> None:
     assert (config.folder() / "tokenizer_config.json").exists()
 
 
+def test_tokenizer_folder_completed_by_hand() -> None:
+    hub = FakeHub(REPOSITORY, stops={"tokenizer_config.json": KeyboardInterrupt()})
+    config = ModelConfig(model_id=GEMMA_ID)
+    with pytest.raises(KeyboardInterrupt):
+        config.resolve(hub)
+    (config.folder() / "tokenizer_config.json").write_bytes(b"{}")
+    assert config.resolve(hub) == [config.folder()]
+    assert config.resolve(FakeHub({})) == [config.folder()]
+
+
 def test_missing_shard_is_fetched(tmp_path: Path) -> None:
     hub = FakeHub(REPOSITORY)
     config = ModelConfig(model_id=GEMMA_ID, origin_file_pattern="model-*.safetensors")

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from diffsynth.errors import CheckpointError
-from diffsynth.loader import NetworkKind, WeightFiles, find_network, model_version, recognise
+from diffsynth.loader import NetworkKind, NetworkWeights, WeightFiles, find_network, model_version, recognise
 from diffsynth.loader.key_names import EXCLUDED_PREFIXES, OFFICIAL_PREFIXES, gemma_key, official_names
 from diffsynth.loader.networks import network_spec
 from diffsynth.loader.recognise import UNREAD_STATISTICS
@@ -17,6 +17,7 @@ from diffsynth.models import gemma3
 from diffsynth.models.ltx2 import transformer, video_vae
 from tests.loader.headers import (
     MANIFESTS,
+    RELEASES,
     HeaderSource,
     key_hash,
     manifest,
@@ -57,11 +58,22 @@ def _files(entries: Manifest, metadata: Mapping[str, str] | None = None) -> Weig
     return WeightFiles.of([HeaderSource(entries, metadata)])
 
 
-def _from_modules(files: WeightFiles, kinds: list[NetworkKind]) -> dict[str, tuple[int, ...]]:
-    """File keys and shapes as the networks built on the meta device have them."""
+@pytest.fixture(scope="module")
+def located() -> dict[str, dict[NetworkKind, NetworkWeights]]:
+    """The networks of the single files, found without any metadata."""
+    found: dict[str, dict[NetworkKind, NetworkWeights]] = {}
+    for version in ("2.0", "2.3"):
+        files = _files(single_file(version))
+        assert recognise(files) == WHOLE
+        assert model_version(files) == version
+        found[version] = {kind: find_network(kind, files) for kind in WHOLE}
+    return found
+
+
+def _module_shapes(networks: Iterable[NetworkWeights]) -> dict[str, tuple[int, ...]]:
+    """File keys, and shapes as the networks built on the meta device have them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for kind in kinds:
-        weights = find_network(kind, files)
+    for weights in networks:
         state = weights.build().state_dict()
         assert state.keys() == weights.entries.keys()
         shapes |= {weights.entries[name].key: tuple(tensor.shape) for name, tensor in state.items()}
@@ -81,11 +93,15 @@ def _published() -> list[Any]:
 
 
 @pytest.mark.parametrize("file", _published())
-def test_public_hash_of_whole_files(file: dict[str, Any]) -> None:
+def test_public_hash_of_whole_files(
+    file: dict[str, Any], located: dict[str, dict[NetworkKind, NetworkWeights]]
+) -> None:
+    version = next((v for v, name in RELEASES.items() if f"{name}.text" in file["manifests"]), None)
     gemma = "gemma-3-12b-it" in file["manifests"]
     entries = manifest("gemma-3-12b-it") if gemma else manifest(*file["manifests"])
     files = _files(entries)
-    shapes = _from_modules(files, recognise(files))
+    networks = located[version].values() if version else [find_network(k, files) for k in recognise(files)]
+    shapes = _module_shapes(networks)
     # Parts that no network takes: statistics that nothing reads; Gemma's vision tower and projector.
     not_taken = {key: shape for key, (_, shape) in entries.items() if key not in shapes}
     assert all(key in UNREAD_STATISTICS for key in not_taken) or gemma
@@ -117,7 +133,7 @@ def test_public_hash_of_repackaged_parts(version: str, file: dict[str, Any]) -> 
     }
     files = _files(part)
     assert recognise(files) == [kind]
-    shapes = _from_modules(files, [kind])
+    shapes = {entry.key: files.shapes[entry.key] for entry in find_network(kind, files).entries.values()}
     shapes |= {key: shape for key, (_, shape) in part.items() if key in UNREAD_STATISTICS}
     assert key_hash(shapes) == file["diffsynth_hash"]
     both_look_alike = kind in {NetworkKind.AUDIO_ENCODER, NetworkKind.AUDIO_DECODER}
@@ -128,21 +144,19 @@ def test_public_hash_of_repackaged_parts(version: str, file: dict[str, Any]) -> 
 def test_hash_of_upscalers(name: str, expected: str) -> None:
     files = _files(manifest(name))
     assert recognise(files) == [NetworkKind.UPSAMPLER]
-    assert key_hash(_from_modules(files, [NetworkKind.UPSAMPLER])) == expected
+    assert key_hash(_module_shapes([find_network(NetworkKind.UPSAMPLER, files)])) == expected
     assert model_version(files) is None
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
-def test_single_file_with_and_without_metadata_gives_the_same_networks(version: str) -> None:
-    stated = _files(single_file(version), single_file_metadata(version))
-    stripped = _files(single_file(version))
-    for files in (stated, stripped):
-        assert recognise(files) == WHOLE
-        assert model_version(files) == version
-    for kind in WHOLE:
-        weights = find_network(kind, stated)
-        assert find_network(kind, stripped).config == weights.config
-        assert weights.files.bytes_read == 0
+def test_single_file_with_and_without_metadata_gives_the_same_networks(
+    version: str, located: dict[str, dict[NetworkKind, NetworkWeights]]
+) -> None:
+    files = _files(single_file(version), single_file_metadata(version))
+    assert recognise(files) == WHOLE
+    assert model_version(files) == version
+    for kind, stripped in located[version].items():
+        assert find_network(kind, files).config == stripped.config
 
 
 def test_gemma_is_inferred_as_stated() -> None:

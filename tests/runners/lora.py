@@ -13,7 +13,7 @@ from diffsynth.lora import LoraUpdate, WeightedUpdates, dequantise, fuse_scaled,
 from diffsynth.lora import fuse as fuse_weight
 from tests.runners.case import Case, Tolerance
 
-LORA_MARKS = (".lora_A", ".lora_B", ".lora_up", ".lora_down", ".diff")
+LORA_ENDING = re.compile(r"\.(lora_(A|B|up|down)(\..*)?|diff(_b)?)$")
 PREFIX = "model.diffusion_model."
 BF16_EPS = torch.finfo(torch.bfloat16).eps
 
@@ -146,7 +146,7 @@ def _stated(case: Case, dtype: torch.dtype) -> Tolerance:
 def _strengths(case: Case) -> list[float]:
     """From the description, such as "strength 0.8 and -0.35"."""
     text = f"{case.meta.get('params', '')} {case.variant} {case.meta.get('inputs', '')}"
-    match = re.search(r"strengths?\W*(-?\d*\.?\d+(?:\s*(?:,|and)\s*-?\d*\.?\d+)*)", text)
+    match = re.search(r"strengths?[\s:=(\['\"]*(-?\d*\.?\d+(?:\s*(?:,|and)\s*-?\d*\.?\d+)*)", text)
     assert match is not None, f"no strength in {text!r}"
     return [float(number) for number in re.findall(r"-?\d*\.?\d+", match[1])]
 
@@ -172,7 +172,7 @@ def _updates(weighted: list[tuple[Mapping[str, LoraUpdate], float]], layer: str)
 
 def is_lora(keys: Mapping[str, object]) -> bool:
     """Whether the keys of a file end like those of a LoRA."""
-    return any(mark in key for key in keys for mark in LORA_MARKS)
+    return any(LORA_ENDING.search(key) for key in keys)
 
 
 def _is_plain_lora(path: Path) -> bool:

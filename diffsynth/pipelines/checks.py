@@ -1,0 +1,78 @@
+"""What can be known of a request before anything runs, given the parts of a pipeline: sizes and devices."""
+
+from collections.abc import Sequence
+
+import torch
+
+from diffsynth.conditioning.tokens import audio_latent_frames, video_latent_shape
+from diffsynth.device import resolve_device
+from diffsynth.errors import RequestError
+from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.models.ltx2.video_tiling import decode_tiles
+from diffsynth.pipelines.parts import Parts
+from diffsynth.pipelines.stages import Stage
+from diffsynth.request import SPATIAL_STEP_PX, GenerateRequest
+
+
+def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage]) -> None:
+    """Sizes that the autoencoders cannot work with, whole or in tiles.
+
+    Raises:
+        RequestError: it names the argument.
+    """
+    _check_smallest(request, parts)
+    if audio_latent_frames(request.num_frames, request.frame_rate) < 1:
+        raise RequestError(
+            f"num_frames={request.num_frames} at frame_rate={request.frame_rate} is too short for sound",
+            hint="num_frames=9 or more",
+        )
+    if not request.tiled:
+        return
+    tiling = tile_config(request)
+    moving = bool(request.in_context_videos) or request.retake_video is not None
+    if moving or request.input_images:
+        for stage in stages:
+            tiling.for_official_encode((request.num_frames if moving else 1, stage.height, stage.width))
+    if parts.video_vae_decoder is not None and not request.audio_only:
+        grid = video_latent_shape(request.num_frames, request.height, request.width)
+        # Nothing is decoded: the sizes are checked when the stream of chunks is made.
+        decode_tiles(parts.video_vae_decoder, torch.empty(1, 1, *grid, device="meta"), tiling)
+
+
+def check_rand_device(request: GenerateRequest) -> None:
+    """Whether noise can be drawn where the request says.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    try:
+        resolve_device(request.rand_device)
+    except RequestError as error:
+        raise RequestError(f"rand_{error.message}", hint=error.hint) from error
+
+
+def tile_config(request: GenerateRequest) -> TileConfig:
+    """The tiles of a request; whole clips when it is not tiled.
+
+    Raises:
+        RequestError: sizes that cannot be cut.
+    """
+    if not request.tiled:
+        return TileConfig(None, None, None, None)
+    return TileConfig(
+        request.tile_size_in_pixels,
+        request.tile_overlap_in_pixels,
+        request.tile_size_in_frames,
+        request.tile_overlap_in_frames,
+    )
+
+
+def _check_smallest(request: GenerateRequest, parts: Parts) -> None:
+    if parts.video_vae_decoder is None or request.audio_only:
+        return
+    smallest = parts.video_vae_decoder.min_cells * SPATIAL_STEP_PX
+    for name in ("height", "width"):
+        if getattr(request, name) < smallest:
+            raise RequestError(
+                f"{name}={getattr(request, name)} is too small for this model's decoder", hint=f"{smallest}"
+            )
