@@ -138,7 +138,10 @@ def encoder(case: Case) -> None:
     expect_all_used(case.weights(), used)
     assert isinstance(module, audio_vae.AudioEncoder)
     recorded = record(module)
-    mels = {suffix: log_mel(waveform, config.mel) for suffix, waveform in case.group("in/waveform").items()}
+    mels = {
+        suffix: log_mel(waveform, config.mel).to(case.dtype)
+        for suffix, waveform in case.group("in/waveform").items()
+    }
     checked = {f"mel{suffix}" for suffix in mels if f"mid/mel{suffix}" in case}
     for name in sorted(checked):
         case.check(f"mid/{name}", mels[name.removeprefix("mel")], case.tolerance("mel"))

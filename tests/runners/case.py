@@ -11,6 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+FLOAT32_ALWAYS = re.compile(r"positions|sigma|timestep|mask|bias$|rope|waveform|per_channel_statistics")
+"""Inputs that stay float32 whatever the networks compute in."""
+
 
 class GoldenMismatch(AssertionError):
     """A computed tensor departs from the recorded one."""
@@ -31,6 +34,8 @@ class Comparison(NamedTuple):
     share: float
     """Largest error as a share of what is allowed there; above 1 the comparison failed."""
     note: str = ""
+    relative_rms: float = 0.0
+    """RMS of the error over the RMS of what was expected."""
 
 
 @dataclass
@@ -63,9 +68,13 @@ class Case:
         self.meta = meta
         self.tensors = tensors
         self.comparisons: list[Comparison] = []
+        self.dtype = torch.float32
 
     @classmethod
-    def load(cls, path: Path) -> "Case":
+    def load(
+        cls, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "Case":
+        """Read a file; weights and inputs go to ``device``, in ``dtype`` where networks compute in it."""
         if path.suffix == ".json":
             return cls(path, json.loads(path.read_text(encoding="utf-8")), {})
         with safe_open(path, framework="pt") as file:
@@ -73,7 +82,14 @@ class Case:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         meta = json.loads(metadata.get("case", "{}"))
         meta["metadata"] = {k: v for k, v in metadata.items() if k != "case"}
-        return cls(path, meta, tensors)
+        for key, tensor in tensors.items():
+            if key.startswith(("weights/", "in")):
+                keeps = not tensor.is_floating_point() or FLOAT32_ALWAYS.search(key)
+                wanted = None if keeps else dtype
+                tensors[key] = tensor.to(device=device, dtype=wanted)
+        case = cls(path, meta, tensors)
+        case.dtype = dtype or torch.float32
+        return case
 
     @property
     def component(self) -> str:
@@ -94,8 +110,10 @@ class Case:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def weights(self) -> dict[str, Tensor]:
-        """The checkpoint keys of the case, in float32: every value is exact there."""
-        return {k: v.float() if v.is_floating_point() else v for k, v in self.group("weights/").items()}
+        """The checkpoint keys of the case, in float32 (every value is exact there) unless asked otherwise."""
+        return {
+            k: v.to(self.dtype) if v.is_floating_point() else v for k, v in self.group("weights/").items()
+        }
 
     def tolerance(self, group: str | None = None) -> Tolerance:
         """As the case states it: a number, text that begins with one, ``{atol, rtol}``, or such per group."""
@@ -122,13 +140,15 @@ class Case:
         self, name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance | None = None
     ) -> None:
         atol, rtol = tolerance or self.tolerance()
-        a, e = actual.detach().cpu().double(), expected.double()
+        a, e = actual.detach().cpu().double(), expected.detach().cpu().double()
         difference = (a - e).abs()
         difference[~torch.isfinite(a)] = torch.inf
         allowed = atol + rtol * e.abs()
         share = torch.where(difference == 0, 0.0, difference / allowed)
         error = difference.max().item() if difference.numel() else 0.0
-        self.comparisons.append(Comparison(name, error, share.max().item() if share.numel() else 0.0))
+        rms = (difference.square().mean() / e.square().mean().clamp(min=1e-30)).sqrt().item()
+        largest = share.max().item() if share.numel() else 0.0
+        self.comparisons.append(Comparison(name, error, largest, relative_rms=rms if e.numel() else 0.0))
 
     def check_equal(self, name: str, actual: object, expected: object) -> None:
         """Compare exactly: lists, numbers, integer tables."""

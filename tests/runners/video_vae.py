@@ -19,9 +19,11 @@ AXES = ("t", "h", "w")
 def encoder(case: Case) -> None:
     module = build(VideoEncoder, case)
     for tag, pixels in tagged(case, "in/video_u8"):
-        latent = run_with_mids(case, module, from_uint8(pixels), tag)
+        latent = run_with_mids(case, module, from_uint8(pixels).to(case.dtype), tag)
         for name, frames in outputs(case, "out/latent", tag, "first"):
-            case.check(name, latent if frames is None else module(from_uint8(pixels[:, :, :frames])))
+            case.check(
+                name, latent if frames is None else module(from_uint8(pixels[:, :, :frames]).to(case.dtype))
+            )
 
 
 def decoder(case: Case) -> None:
