@@ -33,10 +33,16 @@ class LoraStack:
     device and dtype of a layer's output when the layer first runs, and stay there until the LoRA is removed.
     ``max_cached_bytes`` bounds those copies: layers beyond it copy their factors anew at each call, which
     trades time for memory with LoRAs of a high rank.
+
+    With ``hooked=False`` the stack only keeps the books, for a memory manager that brings the factors of
+    :meth:`updates` to the device with the weights and applies them there by the same arithmetic.
     """
 
-    def __init__(self, module: nn.Module, *, max_cached_bytes: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, max_cached_bytes: int | None = None, hooked: bool = True
+    ) -> None:
         self.module = module
+        self._hooked = hooked
         self._cache = _CacheBudget(max_cached_bytes)
         self._layers: dict[str, _LayerHook] = {}
         self._active: dict[LoraHandle, tuple[Lora, float]] = {}
@@ -73,7 +79,7 @@ class LoraStack:
         handle = LoraHandle(self._next_number, lora.report.source)
         self._next_number += 1
         self._active[handle] = (lora, strength)
-        for name, update in lora.updates.items():
+        for name, update in lora.updates.items() if self._hooked else ():
             if name not in self._layers:
                 self._layers[name] = _LayerHook(layers[name], self._cache)
             self._layers[name].entries[handle] = _Entry(update, strength)
@@ -84,13 +90,13 @@ class LoraStack:
         _check_strength(strength)
         lora, _ = self._active[handle]
         self._active[handle] = (lora, strength)
-        for name in lora.updates:
+        for name in lora.updates if self._hooked else ():
             self._layers[name].entries[handle].strength = strength
 
     def remove(self, handle: LoraHandle) -> None:
         """Deactivate a LoRA, drop its copies and take the hooks of layers off that have no other."""
         lora, _ = self._active.pop(handle)
-        for name in lora.updates:
+        for name in lora.updates if self._hooked else ():
             layer = self._layers[name]
             layer.drop(handle)
             if not layer.entries:

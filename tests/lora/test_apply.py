@@ -248,3 +248,18 @@ def test_updates_of_a_layer_are_those_of_all_active_loras(model: TinyTransformer
     stack.add(second, 0.2)
     assert stack.updates("proj_out") == [(first.updates["proj_out"], 0.8), (second.updates["proj_out"], 0.2)]
     assert stack.updates("nothing") == []
+
+
+def test_books_without_hooks_state_the_updates_and_leave_the_module_alone() -> None:
+    module = nn.ModuleDict({"layer": nn.Linear(4, 3)})
+    shapes = linear_shapes(module)
+    tensors = {"layer.lora_A.weight": torch.randn(2, 4), "layer.lora_B.weight": torch.randn(3, 2)}
+    lora = read_lora(tensors, shapes.keys(), shapes)
+    stack = LoraStack(module, hooked=False)
+    handle = stack.add(lora, 0.5)
+    assert not module["layer"]._forward_hooks
+    assert stack.updates("layer") == [(lora.updates["layer"], 0.5)]
+    stack.set_strength(handle, 0.25)
+    assert stack.updates("layer")[0][1] == 0.25
+    stack.remove(handle)
+    assert stack.updates("layer") == []
