@@ -1,8 +1,8 @@
 """How much memory a computation needs, without doing it: its operations run on tensors that hold no data.
 
-Every operation reports the shapes of its results, so the peak of live bytes comes out exactly for the graph that
-will run, at any size, in milliseconds.  What an operation allocates inside itself (workspaces of convolution
-libraries, allocator rounding) is not seen; callers add a margin for it.
+Every operation reports the shapes of its results, so the peak of live bytes comes out exactly for the graph
+that will run, at any size, in milliseconds.  What an operation allocates inside itself (workspaces of
+convolution libraries, allocator rounding) is not seen; callers add a margin for it.
 """
 
 import weakref

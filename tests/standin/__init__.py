@@ -18,7 +18,8 @@ Modelled:
   happens-before: reading what no wait has made visible, overwriting what is still read, writing into fresh
   memory before the computation that owned it, freeing what a copy still uses: all are ``HazardError``.
   The check does not depend on timing: a missing guard is found on the first run.
-* **Host side of a copy.**  A source that changes before its copy has arrived is found by checksum.
+* **Host side of a copy.**  A source that changes before the *host* has waited for its copy is found by
+  checksum, when the buffer is sent again or the host waits; that the device waited is not enough.
 * **Missing dtypes** (``strict_dtypes``): no float64, no complex, float8 only as stored bytes, no float32
   autocast: what Ascend NPUs lack.
 * **Page-locking** with a limit, and **counters**: bytes and number of copies each way, allocations, host

@@ -83,10 +83,7 @@ class StandInBackend:
         ]
         with owner.lock:
             scheduler.raise_violation()
-            scheduler.access(stream, touched, f"the copy of {label}")
-            inside = [t.inside if isinstance(t, StandInTensor) else t for t in (dst, src)]
-            from_host = not isinstance(src, StandInTensor)
-            scheduler.issue_copy(stream, inside[0], inside[1], label, host_source=from_host)
+            scheduler.issue_copy(stream, _inside(dst), _inside(src), touched, label)
             if stream is scheduler.compute:
                 scheduler.deliver(stream.clock())
             self._count(dst, src)
@@ -144,6 +141,10 @@ def _own(event: Event) -> StandInEvent:
     if not isinstance(event, StandInEvent):
         raise TypeError(f"an event of another backend on {DEVICE_TYPE}: {event!r}")
     return event
+
+
+def _inside(tensor: Tensor) -> Tensor:
+    return tensor.inside if isinstance(tensor, StandInTensor) else tensor
 
 
 def _label(tensor: Tensor) -> str:

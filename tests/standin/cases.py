@@ -47,4 +47,6 @@ def computed_on(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit; NaNs of one pattern are equal."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -42,9 +42,9 @@ class StandIn:
         self.strict_dtypes = strict_dtypes
         self.lock = threading.RLock()
         self.counters = Counters()
-        self.scheduler = Scheduler(seed, self.counters)
+        self.scheduler = Scheduler(seed, self.counters, self.lock)
         capacity = sys.maxsize if capacity_bytes is None else capacity_bytes
-        self.memory = Memory(capacity, self.scheduler, self.counters)
+        self.memory = Memory(capacity, self.scheduler, self.counters, self.lock)
         self.pinned = PinnedBudget(pin_limit_bytes)
         self.backend = StandInBackend(self)
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from threading import RLock
 from types import FrameType
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -25,6 +26,7 @@ class Allocation:
     storage: torch.UntypedStorage
     nbytes: int
     label: str
+    contents: str
     origin: str
     memory: "Memory"
     log: AccessLog = field(default_factory=AccessLog)
@@ -36,7 +38,8 @@ class Allocation:
 class Memory:
     """Counts allocations against the capacity."""
 
-    def __init__(self, capacity: int, scheduler: "Scheduler", counters: Counters) -> None:
+    def __init__(self, capacity: int, scheduler: "Scheduler", counters: Counters, lock: RLock) -> None:
+        self._lock = lock
         self.capacity = capacity
         self.cap: int | None = None
         self.others = 0
@@ -65,7 +68,9 @@ class Memory:
         nbytes = storage.nbytes()
         self._take(nbytes, label)
         self._counters.allocations += 1
-        allocation = Allocation(storage, nbytes, label, _origin(), self)
+        shape = "x".join(map(str, inner.shape)) or "scalar"
+        dtype = str(inner.dtype).removeprefix("torch.")
+        allocation = Allocation(storage, nbytes, label, f"{dtype} {shape}", _origin(), self)
         self._live[storage._cdata] = allocation
         self._scheduler.note_allocation(allocation.log)
         return allocation
@@ -91,16 +96,17 @@ class Memory:
 
     def release(self, allocation: Allocation) -> None:
         """Called as the allocation dies."""
-        self.current -= allocation.nbytes
-        self._scheduler.note_release(allocation.log, allocation.label)
+        with self._lock:  # whichever thread drops the last tensor
+            self.current -= allocation.nbytes
+            self._scheduler.note_release(allocation.log, allocation.label)
 
     def largest(self, count: int = 10) -> list[Allocation]:
         """The largest live allocations, largest first."""
         return sorted(self._live.values(), key=lambda a: a.nbytes, reverse=True)[:count]
 
     def ledger(self, count: int = 10) -> str:
-        """The largest live allocations as lines: bytes, what made them, where."""
-        return "\n".join(f"{a.nbytes:>12}  {a.label}  {a.origin}" for a in self.largest(count))
+        """The largest live allocations as lines: bytes, name, contents, where."""
+        return "\n".join(f"{a.nbytes:>12}  {a.label}  {a.contents}  {a.origin}" for a in self.largest(count))
 
 
 def _origin() -> str:

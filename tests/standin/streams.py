@@ -8,8 +8,8 @@ overlapping bytes, at least one of them a write, must be ordered by these clocks
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class AccessLog:
         return None
 
 
+Touch = tuple[AccessLog, Span, str]
+"""One access: the log of the storage, the bytes, and the storage's name."""
+
+
 @dataclass(eq=False, slots=True)
 class StandInStream:
     """A stream: opaque outside, compared by identity."""
@@ -78,6 +82,7 @@ class StandInStream:
 class PendingCopy:
     """A copy that was issued and has not arrived.  Tensors are the CPU tensors inside."""
 
+    stream: int
     number: int
     clock: Clock
     dst: Tensor
@@ -87,9 +92,16 @@ class PendingCopy:
     """Of a host source when the copy was issued."""
 
     def arrive(self) -> None:
-        if self.checksum is not None and checksum(self.src) != self.checksum:
-            raise HazardError(f"the host source of {self.label} was overwritten before the copy was done")
+        self.check_source()
         self.dst.copy_(self.src)
+
+    def check_source(self) -> None:
+        """Raise when the host has written to the source, as far as its bytes show it."""
+        if self.checksum is not None and checksum(self.src) != self.checksum:
+            self.checksum = None  # once is enough
+            raise HazardError(
+                f"the host source of {self.label} was overwritten before the host knew the copy to be done"
+            )
 
 
 class StandInEvent:
@@ -102,25 +114,29 @@ class StandInEvent:
 
     def query(self) -> bool:
         """False for a seeded number of times after each record, to catch code that counts on luck."""
-        if self.polls_left > 0:
-            self.polls_left -= 1
-            return False
-        self._scheduler.host_saw(self.clock)
-        return True
+        with self._scheduler.lock:
+            if self.polls_left > 0:
+                self.polls_left -= 1
+                return False
+            self._scheduler.host_saw(self.clock)
+            return True
 
     def synchronize(self) -> None:
         """The host waits; what is issued afterwards anywhere is ordered after the event."""
-        self._scheduler.host_waits(self.clock)
+        with self._scheduler.lock:
+            self._scheduler.host_waits(self.clock)
 
 
 class Scheduler:
-    """All streams of the stand-in, and the copies on their way."""
+    """All streams of the stand-in, and the copies on their way.  Callers hold ``lock``; events take it."""
 
-    def __init__(self, seed: int, counters: Counters) -> None:
+    def __init__(self, seed: int, counters: Counters, lock: RLock) -> None:
+        self.lock = lock
         self._random = random.Random(seed)
         self.compute = StandInStream(COMPUTE)
         self._streams: dict[int, StandInStream] = {COMPUTE: self.compute}
         self._host: Clock = {}
+        self._arrived: list[PendingCopy] = []
         self._violations: list[str] = []
         self._counters = counters
 
@@ -148,24 +164,21 @@ class Scheduler:
     def host_saw(self, clock: Clock) -> None:
         """The host knows that ``clock`` is reached, so that whatever it issues from now on comes after."""
         self.deliver(clock)
+        for copy in self._arrived:
+            copy.check_source()
+        self._arrived = [c for c in self._arrived if c.number > clock.get(c.stream, 0)]
         _merge(self._host, clock)
         for stream in self._streams.values():
             _merge(stream.seen, clock)
 
     # -- accesses -------------------------------------------------------------------------------------
 
-    def access(
-        self,
-        stream: StandInStream,
-        touched: Iterable[tuple[AccessLog, Span, str]],
-        operation: str,
-    ) -> None:
+    def access(self, stream: StandInStream, touched: list[Touch], operation: str) -> None:
         """Check one operation's accesses, then note them.
 
         Raises:
             HazardError: one of them is not ordered after a conflicting access on another stream.
         """
-        touched = list(touched)
         for log, span, label in touched:
             found = log.unordered(stream.number, stream.seen, span)
             if found is not None:
@@ -202,21 +215,42 @@ class Scheduler:
     # -- copies ---------------------------------------------------------------------------------------
 
     def issue_copy(
-        self, stream: StandInStream, dst: Tensor, src: Tensor, label: str, *, host_source: bool
+        self, stream: StandInStream, dst: Tensor, src: Tensor, touched: list[Touch], label: str
     ) -> None:
-        """Queue a copy whose accesses were checked already; its destination is poisoned until it arrives."""
-        for overlapping in self._overlapping(dst, src):
-            self.deliver(overlapping)
+        """Queue a copy between CPU tensors; the destination is poisoned until it arrives.
+
+        ``touched`` names the sides that lie on the device; a host source is watched by its checksum.
+        """
+        host_source = all(span.write for _, span, _ in touched)
+        if host_source:
+            self._reuse_source(src)
+        self.access(stream, touched, f"the copy of {label}")
+        for earlier in self._overlapping(dst, src if host_source else None):
+            self.deliver(earlier)
         value = checksum(src) if host_source else None
-        stream.pending.append(PendingCopy(stream.issued, stream.clock(), dst, src, label, value))
+        copy = PendingCopy(stream.number, stream.issued, stream.clock(), dst, src, label, value)
+        stream.pending.append(copy)
         _bytes(dst).fill_(POISON)
 
-    def _overlapping(self, dst: Tensor, src: Tensor) -> list[Clock]:
-        """Clocks of pending copies of the same bytes: they are ordered before this one, so may be done."""
+    def _reuse_source(self, src: Tensor) -> None:
+        """Check earlier copies from these bytes: waiting on the device does not free a source, only the
+        host's own knowledge does.  An unchanged source may be sent again and again."""
+        same = [c for c in self._arrived if _overlap(c.src, src)]
+        for copy in same:
+            copy.check_source()
+        exact = [c for c in same if c.src.data_ptr() == src.data_ptr() and c.src.nbytes == src.nbytes]
+        self._arrived = [c for c in self._arrived if c not in exact]
+
+    def _overlapping(self, dst: Tensor, host_source: Tensor | None) -> list[Clock]:
+        """Clocks of pending copies that must be done before ``dst`` is poisoned or the source is summed.
+
+        They are ordered before, so they may arrive now.
+        """
         found = []
         for stream in self._streams.values():
             for copy in stream.pending:
-                if _overlap(copy.dst, dst) or _overlap(copy.dst, src) or _overlap(copy.src, dst):
+                into_source = host_source is not None and _overlap(copy.dst, host_source)
+                if into_source or _overlap(copy.src, dst):
                     found.append(copy.clock)
         return found
 
@@ -231,7 +265,10 @@ class Scheduler:
             free = [s for s in ready if not self._blocked(s)]
             if not free:
                 return
-            self._random.choice(free).pending.popleft().arrive()
+            copy = self._random.choice(free).pending.popleft()
+            copy.arrive()
+            if copy.checksum is not None:
+                self._arrived.append(copy)
 
     def _blocked(self, stream: StandInStream) -> bool:
         """True when the stream's next copy comes after a copy of another stream that has not arrived."""

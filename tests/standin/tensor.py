@@ -25,14 +25,14 @@ class StandInTensor(Tensor):
 
     @staticmethod
     def wrap(inner: Tensor, label: str, owner: "StandIn") -> "StandInTensor":
-        """Give ``inner`` the device; counts its storage when it is new.
+        """Give ``inner`` the device; counts its storage when it is new, under the name ``label``.
 
         Raises:
             torch.OutOfMemoryError: the storage does not fit.
             UnsupportedOnDeviceError: the device lacks the dtype.
         """
         owner.check_dtype(inner.dtype, label)
-        allocation = owner.memory.adopt(inner, f"{label} {tuple(inner.shape)} {inner.dtype}")
+        allocation = owner.memory.adopt(inner, label)
         # As in torch, a view of an ordinary tensor stays ordinary even under inference mode.
         with torch.inference_mode(inner.is_inference()):
             outer: StandInTensor = Tensor._make_wrapper_subclass(

@@ -1,0 +1,335 @@
+"""A network's blocks in one file, ready to be copied or mapped: written once, read many times.
+
+How the file is laid out and protected by checksums: :mod:`diffsynth.vram.packed_header`.  Whatever is
+damaged, stale or cut off raises; nothing is ever repaired by guessing.
+"""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import secrets
+import shutil
+import threading
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, Self, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsynth.errors import CheckpointError, OutputError
+from diffsynth.vram.blocks import BlockLayout, clear_gaps, pack_entry
+from diffsynth.vram.identity import Identity
+from diffsynth.vram.packed_header import PackedHeader
+
+Read: TypeAlias = Callable[[str], Tensor | Mapping[str, Tensor]]
+"""Gives a tensor by the name of its entry: the weight, or its stored parts by suffix."""
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told after every block: bytes written, bytes in all."""
+
+_MAX_PIECE_BYTES = 2**30
+_MARGIN_BYTES = 64 * 2**20
+_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class PackedFile:
+    """A packed file that was opened and checked; made by :meth:`open`.  May be used by several threads."""
+
+    def __init__(self, path: Path, descriptor: int, *, discard_damaged: bool) -> None:
+        header, self._crc32, start = PackedHeader.read(path, descriptor)
+        self.path = path
+        self.identity = header.identity
+        self.layouts = header.layouts
+        """Layout of every block, in the order of the file."""
+        self.nbytes = header.payload_bytes
+        """Bytes of all blocks."""
+        self._offsets = header.offsets(start)
+        self._descriptor = descriptor
+        self._discard_damaged = discard_damaged
+        self._checked: set[str] = set()
+        self._mapping: Tensor | None = None
+        self._lock = threading.Lock()
+        self._closing = weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def open(cls, path: str | Path, identity: Identity | None, *, discard_damaged: bool = False) -> Self:
+        """Open a file and check its header; the blocks are checked when they are first used.
+
+        Args:
+            path: the file.
+            identity: what the file must have been made of; None: whatever it says itself.
+            discard_damaged: delete the file when a block turns out to be damaged, so that it is made anew.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: it cannot be read, is no packed file, is damaged, cut off, of another version, or
+                was made of something else.
+        """
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check it") from error
+        try:
+            file = cls(path, descriptor, discard_damaged=discard_damaged)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if identity is not None and file.identity != identity:
+            file.close()
+            raise CheckpointError(
+                f"{path} was made of other files or with other settings",
+                hint="remove it: `diffsynth cache clear`",
+            )
+        return file
+
+    def close(self) -> None:
+        """Close the file, when no thread reads any more; mapped blocks stay valid while tensors live."""
+        self._mapping = None
+        self._closing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def read_into(self, block: str, buffer: Tensor, *, keep_in_file_cache: bool = True) -> None:
+        """Read a block; its checksum is compared on the first read of the block.
+
+        Args:
+            block: its name.
+            buffer: (nbytes or more,) uint8 on the CPU, contiguous.
+            keep_in_file_cache: whether the system should keep the bytes in memory for the next read.  A scan
+                over more than fits evicts everything just before it is wanted, and other programs with it.
+
+        Raises:
+            CheckpointError: the block is damaged or cannot be read.
+            ValueError: the buffer is too small, or the file is closed.
+        """
+        layout = self.layouts[block]
+        if buffer.dtype != torch.uint8 or buffer.ndim != 1 or buffer.numel() < layout.nbytes:
+            raise ValueError(f"{block} needs {layout.nbytes} flat uint8, not {tuple(buffer.shape)}")
+        if not self._closing.alive:
+            raise ValueError(f"{self.path} is closed")
+        view = buffer.numpy().data[: layout.nbytes]
+        position = self._offsets[block]
+        try:
+            done = self._fill(view, position)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {block} cannot be read ({error.strerror})", hint="check the disk"
+            ) from error
+        if done != layout.nbytes:
+            raise self._damage(block, f"ends {layout.nbytes - done} bytes early")
+        if not keep_in_file_cache and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, position, layout.nbytes, os.POSIX_FADV_DONTNEED)
+        self._check(block, view)
+
+    def mapped(self, block: str) -> Tensor:
+        """A block as a read-only window on the file: (nbytes,) uint8, page by page read when it is touched.
+
+        The checksum is compared on the first use of the block, which reads it whole.  Writing to the tensor
+        ends the process.
+
+        Raises:
+            CheckpointError: the block is damaged or cannot be mapped.
+            ValueError: the file is closed.
+        """
+        with self._lock:
+            if self._mapping is None:
+                if not self._closing.alive:
+                    raise ValueError(f"{self.path} is closed")
+                self._mapping = _map(self.path, self._descriptor)
+            whole = self._mapping
+        position = self._offsets[block]
+        result = whole[position : position + self.layouts[block].nbytes]
+        if result.numel() != self.layouts[block].nbytes:
+            raise self._damage(block, "is cut off")
+        self._check(block, result.numpy().data)
+        return result
+
+    def _check(self, block: str, content: memoryview) -> None:
+        if block in self._checked:
+            return
+        if zlib.crc32(content) != self._crc32[block]:
+            raise self._damage(block, "does not have its checksum")
+        self._checked.add(block)
+
+    def _damage(self, block: str, what: str) -> CheckpointError:
+        hint = "remove it: `diffsynth cache clear`"
+        if self._discard_damaged:
+            with contextlib.suppress(OSError):
+                # Somebody may have put a new file there meanwhile.
+                if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
+                    self.path.unlink()
+                    hint = "start again: the damaged file was deleted and will be made anew"
+        return CheckpointError(f"{self.path}: damaged: {block} {what}", hint=hint)
+
+    def _fill(self, view: memoryview, position: int) -> int:
+        """Read from ``position`` until ``view`` is full or the file ends; returns the bytes read."""
+        if not hasattr(os, "preadv"):
+            with self._lock, os.fdopen(self._descriptor, "rb", buffering=0, closefd=False) as file:
+                file.seek(position)
+                return _until_full(view, file.readinto)
+        place = position
+
+        def read(part: memoryview) -> int:
+            nonlocal place
+            count = os.preadv(self._descriptor, [part], place)
+            place += count
+            return count
+
+        return _until_full(view, read)
+
+
+def write_packed(
+    path: str | Path,
+    blocks: Mapping[str, BlockLayout],
+    identity: Identity,
+    read: Read,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a network, tensor by tensor, and write it.
+
+    Beside the tensor that is being converted, memory for the largest block and some 50 MB are used.  The
+    file has its name only when it is complete and on the disk; whatever fails, nothing is left.
+
+    Args:
+        path: of the file; an older one is replaced.
+        blocks: the layout of every block by name; names of entries are what ``read`` knows.
+        identity: what the file is made of.
+        read: see :data:`Read`; called once per entry in order.
+        progress: see :data:`Progress`.
+
+    Raises:
+        OutputError: the disk is full or the folder not writable.
+        CheckpointError: a tensor cannot be read or stored, or a source changed meanwhile.
+        Other exceptions of ``read`` and ``progress`` pass unchanged.
+    """
+    path = Path(path)
+    header = PackedHeader(identity, blocks)
+    start, payload = header.nbytes, header.payload_bytes
+    _check_space(path, start + payload)
+    buffer = torch.empty(max((layout.nbytes for layout in blocks.values()), default=0), dtype=torch.uint8)
+    crc32: dict[str, int] = {}
+    done = 0
+    with _new_file(path) as file:
+        for name, layout in blocks.items():
+            block = buffer[: layout.nbytes]
+            clear_gaps(layout, block)
+            for entry in layout.entries:
+                pack_entry(layout, entry.name, read(entry.name), block)
+            content = block.numpy().data
+            crc32[name] = zlib.crc32(content)
+            _put(path, file, content, start + done)
+            done += layout.nbytes
+            if progress is not None:
+                progress(done, payload)
+        # Last, so that not even the content of an unfinished file looks finished.
+        _put(path, file, memoryview(header.to_bytes(crc32)), 0)
+        identity.check_current()
+
+
+def _map(path: Path, descriptor: int) -> Tensor:
+    """The whole file as a uint8 tensor.
+
+    Mapped for reading only: a private writable mapping would count against the system's memory limit with its
+    whole size.  torch warns about read-only buffers, so it gets one that does not say that it is.
+    """
+    try:
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be mapped ({error.strerror})", hint="read it instead, or free address space"
+        ) from error
+    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+    window = (ctypes.c_uint8 * len(mapping)).from_address(address)
+    window.mapping = mapping  # type: ignore[attr-defined]  # lives as long as the tensor
+    return torch.frombuffer(window, dtype=torch.uint8)
+
+
+def _until_full(view: memoryview, move: Callable[[memoryview], int | None]) -> int:
+    """Call ``move`` on what is left of ``view`` until nothing is, or nothing more comes."""
+    done = 0
+    while done < len(view):
+        count = move(view[done : done + _MAX_PIECE_BYTES])
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _check_space(path: Path, needed: int) -> None:
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if free < needed + _MARGIN_BYTES:
+        raise OutputError(
+            f"{path} needs {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free",
+            hint="free space, another folder in DIFFSYNTH_CACHE_PATH, or --no-cache",
+        )
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the name ``path`` when it is complete and on the disk, or is deleted."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        file = temporary.open("xb", buffering=0)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    try:
+        with file:
+            yield file
+            with _output_errors(path):
+                os.fsync(file.fileno())
+        # Only now: some systems refuse to rename an open file.
+        with _output_errors(path):
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _put(path: Path, file: BinaryIO, content: memoryview, position: int) -> None:
+    with _output_errors(path):
+        file.seek(position)
+        _until_full(content, file.write)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    full = error.errno in _OUT_OF_SPACE
+    hint = "free space, another folder in DIFFSYNTH_CACHE_PATH, or --no-cache"
+    if not full:
+        hint = "a folder that you may write to in DIFFSYNTH_CACHE_PATH, or --no-cache"
+    return OutputError(f"{path} could not be written: {os.strerror(error.errno or 0)}", hint=hint)
+
+
+def _flush_folder(folder: Path) -> None:
+    # The file is complete under its name; some systems cannot open or flush a folder, and that is no failure.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
