@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin
 
 from diffsynth.errors import RequestError
 
@@ -16,6 +16,8 @@ SPATIAL_STEP_PX = 32
 """One latent cell covers 32 x 32 pixels."""
 TEMPORAL_STEP = 8
 """One latent frame covers 8 pixel frames; the first one covers a single frame."""
+MAX_FRAME_RATE = 1000
+"""The largest that an mp4 is written with."""
 STAGE_1_DIVISOR = 2
 """Two-stage generation runs its first stage at half height and half width."""
 
@@ -45,6 +47,7 @@ class GuidanceParams:
 
     def validate(self, name: str) -> None:
         """Raise RequestError when a value cannot work; ``name`` is the argument that holds this object."""
+        _check_types(self, f"{name}.")
         for key in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale"):
             _finite(f"{name}.{key}", getattr(self, key))
         if not 0 <= self.rescale_scale <= 1:
@@ -142,6 +145,7 @@ class GenerateRequest:
         Raises:
             RequestError: it names the argument and what to pass instead.
         """
+        _check_types(self)
         self._check_numbers()
         self._check_size()
         self._check_images()
@@ -181,26 +185,26 @@ class GenerateRequest:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            RequestError: a key that is no field of a request.
+            RequestError: a key that is no field of a request or of its guidance.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise RequestError(f"unknown request fields {unknown}", hint="see `diffsynth generate --help`")
+        _check_known(cls, values, "request")
         frozen = {k: _freeze(v) for k, v in values.items()}
         for name in ("video_guidance", "audio_guidance"):
             if isinstance(frozen.get(name), Mapping):
+                _check_known(GuidanceParams, frozen[name], name)
                 frozen[name] = GuidanceParams(**{k: _freeze(v) for k, v in frozen[name].items()})
         return cls(**frozen)
 
     def _check_numbers(self) -> None:
         for name in ("height", "width", "num_frames", "num_inference_steps", "in_context_downsample_factor"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and value < 1:
                 raise RequestError(f"{name}={value!r} is not a positive whole number", hint=_EXAMPLES[name])
         _finite("frame_rate", self.frame_rate)
-        if self.frame_rate <= 0:
-            raise RequestError(f"frame_rate={self.frame_rate} is not positive", hint="24, 25 or 30")
+        if not 0 < self.frame_rate <= MAX_FRAME_RATE:
+            raise RequestError(
+                f"frame_rate={self.frame_rate} is outside (0, {MAX_FRAME_RATE}]", hint="24, 25 or 30"
+            )
         if self.audio_sample_rate < 1:
             raise RequestError(f"audio_sample_rate={self.audio_sample_rate} is not positive", hint="48000")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
@@ -222,14 +226,14 @@ class GenerateRequest:
 
     def _check_size(self) -> None:
         step = SPATIAL_STEP_PX * (STAGE_1_DIVISOR if self.use_two_stage_pipeline else 1)
-        stages = "two stages" if self.use_two_stage_pipeline else "one stage"
+        reason = "two stages need" if self.use_two_stage_pipeline else "one stage needs"
         for name in ("height", "width"):
             value = getattr(self, name)
             if value % step:
                 lower, upper = value // step * step, (value // step + 1) * step
                 options = f"{lower} or {upper}" if lower else f"{upper}"
                 raise RequestError(
-                    f"{name}={value} is not a multiple of {step}, as {stages} need it", hint=options
+                    f"{name}={value} is not a multiple of {step}, as {reason} it", hint=options
                 )
         if (self.num_frames - 1) % TEMPORAL_STEP:
             lower = (self.num_frames - 1) // TEMPORAL_STEP * TEMPORAL_STEP + 1
@@ -322,6 +326,39 @@ _EXAMPLES: Mapping[str, str] = {
     "num_inference_steps": "40",
     "in_context_downsample_factor": "2",
 }
+
+
+def _check_types(values: "GenerateRequest | GuidanceParams", prefix: str = "") -> None:
+    for f in fields(values):
+        value = getattr(values, f.name)
+        if not _is_a(value, f.type):
+            raise RequestError(f"{prefix}{f.name}={value!r} is of the wrong type", hint=_type_name(f.type))
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of a field; a whole number passes as float, a bool not as a number."""
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is not Ellipsis:
+            return len(value) == len(arguments) and all(map(_is_a, value, arguments))
+        return all(_is_a(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_is_a(value, argument) for argument in arguments)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def _check_known(cls: "type[GenerateRequest | GuidanceParams]", values: Mapping[str, Any], what: str) -> None:
+    unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+    if unknown:
+        raise RequestError(f"unknown {what} fields {unknown}", hint="see `diffsynth generate --help`")
 
 
 def _finite(name: str, value: object) -> None:

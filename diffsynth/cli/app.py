@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from diffsynth import __version__
-from diffsynth.cli.options import request_options
-from diffsynth.errors import DiffSynthError
+from diffsynth.cli.options import parse_request, request_options
+from diffsynth.errors import Cancelled, DiffSynthError
 
 UNEXPECTED = 1
-CANCELLED = 130
 
 app = typer.Typer(
     name="diffsynth",
@@ -28,14 +27,20 @@ MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging 
 RUN = "Running"
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
-    version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
-) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="show the version and stop", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -82,19 +87,24 @@ def generate(
     **request: object,
 ) -> None:
     """Make a video with sound and write it as mp4; the whole request is kept in its metadata."""
-    from diffsynth.cli.generate import ModelOptions, run
+    # Before torch is imported: a wrong number is told at once.
+    checked = parse_request({"prompt": prompt, **request}).validate()
+    try:
+        from diffsynth.cli.generate import ModelOptions, run
 
-    models = ModelOptions(
-        checkpoint=tuple(checkpoint or ()),
-        gemma=gemma,
-        upsampler=upsampler,
-        distilled_lora=distilled_lora,
-        loras=tuple(lora or ()),
-        device=device,
-        dtype=dtype,
-        vram_limit=vram_limit,
-    )
-    run(request={"prompt": prompt, **request}, models=models, output=output, quiet=quiet)
+        models = ModelOptions(
+            checkpoint=tuple(checkpoint or ()),
+            gemma=gemma,
+            upsampler=upsampler,
+            distilled_lora=distilled_lora,
+            loras=tuple(lora or ()),
+            device=device,
+            dtype=dtype,
+            vram_limit=vram_limit,
+        )
+        run(request=checked, models=models, output=output, quiet=quiet)
+    except KeyboardInterrupt as error:  # typer would end without a word
+        raise Cancelled("cancelled; nothing half-written was left") from error
 
 
 @app.command()
@@ -117,7 +127,7 @@ def main() -> None:
     except DiffSynthError as error:
         _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
-        _fail("cancelled; nothing half-written was left", CANCELLED, debug)
+        _fail("cancelled", Cancelled.exit_code, debug)
     except Exception as error:
         _fail(
             f"unexpected {type(error).__name__}: {error}  Try: diffsynth --debug ... and report it",

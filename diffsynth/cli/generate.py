@@ -3,7 +3,8 @@
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffsynth.cli.options import parse_request
 from diffsynth.errors import RequestError
-from diffsynth.pipelines.inputs import load_inputs
+from diffsynth.pipelines.inputs import inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.request import GenerateRequest
 from diffsynth.utils.media_io_ltx2 import check_output_path, write_video_audio_ltx2
 
 logger = logging.getLogger(__name__)
@@ -43,38 +44,32 @@ class ModelOptions:
     vram_limit: float | None
 
 
-def run(*, request: Mapping[str, Any], models: ModelOptions, output: Path, quiet: bool) -> None:
+def run(*, request: GenerateRequest, models: ModelOptions, output: Path, quiet: bool) -> None:
     """Generate and write; nothing is left at ``output`` unless it is complete.
 
     Raises:
         DiffSynthError: of the kind that says what was wrong.
     """
-    checked = parse_request(request).validate()
-    if checked.audio_only:
+    if request.audio_only:
         raise RequestError(
             "--audio-only has no video to write as mp4",
             hint="in Python: pipe(..., audio_only=True) gives the sound",
         )
     check_output_path(output)
-    inputs = load_inputs(
-        checked,
-        input_images=checked.input_images,
-        in_context_videos=checked.in_context_videos,
-        retake_video=checked.retake_video,
-        retake_audio=checked.retake_audio,
-    )
-    pipe = load_pipeline(models)
-    result = pipe.generate(checked, inputs, ignore if quiet else phases())
+    inputs = inputs_by_path(request)
+    pipe = load_pipeline(models, request)
+    with phases(quiet) as on_progress:
+        result = pipe.generate(request, inputs, on_progress)
     assert result.frames is not None
     write_video_audio_ltx2(result.frames, result.waveform, output)
     logger.info("%s (seed %s)", output, result.request.seed)
 
 
-def load_pipeline(models: ModelOptions) -> LTX2AudioVideoPipeline:
-    """Load what the options name.
+def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVideoPipeline:
+    """Load what the options name, after making sure that it can serve the request.
 
     Raises:
-        RequestError: no checkpoint, an unknown dtype.
+        RequestError: no checkpoint, an unknown dtype, files that do not fit the request.
         CheckpointError, DownloadError: see :meth:`LTX2AudioVideoPipeline.from_pretrained`.
     """
     if not models.checkpoint:
@@ -86,7 +81,8 @@ def load_pipeline(models: ModelOptions) -> LTX2AudioVideoPipeline:
         raise RequestError(f"--dtype={models.dtype} is not known", hint=", ".join(_DTYPES))
     files = [*models.checkpoint, models.gemma, *([models.upsampler] if models.upsampler else [])]
     lora, strength = _with_strength(models.distilled_lora, 0.8) if models.distilled_lora else (None, 0.8)
-    pipe = LTX2AudioVideoPipeline.from_pretrained(
+    loras = [_with_strength(name, 1.0) for name in models.loras]
+    return LTX2AudioVideoPipeline.from_pretrained(
         torch_dtype=_DTYPES[models.dtype],
         device=models.device,
         model_configs=[model_config(name) for name in files],
@@ -94,11 +90,9 @@ def load_pipeline(models: ModelOptions) -> LTX2AudioVideoPipeline:
         stage2_lora_config=model_config(lora) if lora else None,
         stage2_lora_strength=strength,
         vram_limit=models.vram_limit,
+        loras=[(model_config(file), alpha) for file, alpha in loras],
+        request=request,
     )
-    for name in models.loras:
-        file, alpha = _with_strength(name, 1.0)
-        pipe.load_lora(pipe.dit, model_config(file), alpha=alpha)
-    return pipe
 
 
 def model_config(name: str) -> ModelConfig:
@@ -109,13 +103,14 @@ def model_config(name: str) -> ModelConfig:
     return ModelConfig(path=name)
 
 
-def phases() -> OnProgress:
-    """One bar per phase, with the time left."""
+@contextmanager
+def phases(quiet: bool) -> Iterator[OnProgress]:
+    """One bar per phase, with the time left; the last one ends its line whatever happens."""
     bar: tqdm[Any] | None = None
 
     def show(progress: Progress) -> None:
         nonlocal bar
-        if bar is None or progress.done == 0 or bar.total != progress.total:
+        if bar is None or progress.done == 0:
             if bar is not None:
                 bar.close()
             bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr, unit="step")
@@ -123,7 +118,11 @@ def phases() -> OnProgress:
         if progress.done == progress.total:
             bar.close()
 
-    return show
+    try:
+        yield ignore if quiet else show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _tokenizer(gemma: str) -> ModelConfig:

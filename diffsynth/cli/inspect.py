@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from diffsynth.errors import CheckpointError
+from diffsynth.errors import CheckpointError, RequestError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm"})
 
@@ -30,7 +30,10 @@ def run(file: Path, *, as_json: bool) -> None:
 def _video(file: Path) -> dict[str, Any]:
     from diffsynth.utils.media_io_ltx2 import read_request
 
-    record = read_request(file)
+    try:
+        record = read_request(file)
+    except RequestError as error:  # it names an argument of a request, and here it is a damaged file
+        raise CheckpointError(error.message, hint=error.hint) from error
     if record is None:
         raise CheckpointError(f"{file} carries no request", hint="only videos that diffsynth wrote do")
     return dict(record)

@@ -80,7 +80,7 @@ def parse_request(values: Mapping[str, Any]) -> GenerateRequest:
     given: dict[str, Any] = {}
     for field in fields(GenerateRequest):
         value = values.get(field.name)
-        if value is None or value == []:
+        if value in (None, [], ()):
             continue
         given[field.name] = _parse(field, value)
     return GenerateRequest(**given)

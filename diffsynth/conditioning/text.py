@@ -36,6 +36,10 @@ class PromptContext:
     video: Tensor
     audio: Tensor
 
+    def to(self, device: torch.device | str) -> "PromptContext":
+        """The same on a device: between phases contexts wait on the host."""
+        return PromptContext(self.video.to(device), self.audio.to(device))
+
 
 class PromptTokenizer:
     """The Gemma tokenizer under the rules of LTX-2: stripped text, ``<bos>`` in front, nothing at the end."""
@@ -49,6 +53,8 @@ class PromptTokenizer:
         from transformers import AutoTokenizer  # slow to import, and only prompts need it
 
         path = find_tokenizer(Path(folder))
+        self.files = [p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()]
+        """What decides the ids."""
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:

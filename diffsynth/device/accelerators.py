@@ -12,6 +12,9 @@ from diffsynth.device.host import SynchronousBackend, host_pages
 
 logger = logging.getLogger(__name__)
 
+CONTEXT_BYTES = 2**29
+"""Published figures lie between 0.3 and 0.5 GB; whoever measures less on a device may say so here."""
+
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
 
 
@@ -112,6 +115,8 @@ class CudaBackend(StreamBackend):
             pinned_memory=True,
             memory_info=True,
             memory_cap=True,
+            context_bytes=CONTEXT_BYTES,
+            workspaces=True,
         )
 
     def host_buffer(self, nbytes: int, *, pinned: bool = True) -> Tensor:
@@ -164,6 +169,8 @@ class NpuBackend(StreamBackend):
             pinned_memory=True,
             memory_info=True,
             memory_cap=True,
+            context_bytes=CONTEXT_BYTES,
+            workspaces=True,
         )
 
     def host_buffer(self, nbytes: int, *, pinned: bool = True) -> Tensor:
@@ -190,6 +197,7 @@ class MpsBackend(SynchronousBackend):
             bfloat16=self._has_bfloat16(),
             memory_info=True,
             memory_cap=True,
+            workspaces=True,
             # Metal's matrix descriptors count bytes of an array in 32 bits on systems still in use.
             max_tensor_bytes=2**32 - 1,
         )

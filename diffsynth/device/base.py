@@ -48,6 +48,10 @@ class Capabilities:
     """Free and total memory of the device are known."""
     memory_cap: bool = False
     """``set_memory_cap`` is enforced by the allocator."""
+    context_bytes: int = 0
+    """What a process takes of the device before its first tensor: driver context, library handles."""
+    workspaces: bool = False
+    """Libraries take memory beside tensors while they compute, and copies and products are worth timing."""
     max_tensor_bytes: int | None = None
     """Largest single tensor that every operation accepts, in bytes; None: no limit but memory."""
 

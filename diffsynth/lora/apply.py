@@ -56,6 +56,11 @@ class LoraStack:
         """Handles and strengths, in the order of adding."""
         return {handle: strength for handle, (_, strength) in self._active.items()}
 
+    @property
+    def ranks(self) -> list[int]:
+        """The largest rank of every LoRA, in the order of adding."""
+        return [lora.report.rank for lora, _ in self._active.values()]
+
     def updates(self, layer: str) -> WeightedUpdates:
         """The updates of one layer with their strengths, for callers that fuse them."""
         loras = self._active.values()

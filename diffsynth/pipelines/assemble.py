@@ -22,6 +22,7 @@ from diffsynth.loader import (
 )
 from diffsynth.lora import Lora, linear_shapes, read_lora
 from diffsynth.models.ltx2.upsampler import UpsamplerConfig
+from diffsynth.models.ltx2.video_vae import PerChannelStatistics
 from diffsynth.pipelines.parts import ModelVersion, Parts
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,23 @@ class OpenedModels:
     """All files opened and found to fit together; no weight is read yet."""
 
     networks: Mapping[NetworkKind, NetworkWeights]
+    configs: Mapping[NetworkKind, ModelConfig]
+    """Network -> the configuration that named its file."""
     version: ModelVersion
     tokenizer: PromptTokenizer | None
 
     def outline(self, device: torch.device, dtype: torch.dtype) -> Assembly:
         """The parts without weights, on the meta device: enough to check a request or a LoRA against."""
         return self._assemble(device, dtype, lambda _, weights: weights.build())
+
+    def hold(self, device: torch.device, dtype: torch.dtype) -> Assembly:
+        """The parts without weights for a memory manager, but for the statistics of the video latent."""
+        assembly = self.outline(device, dtype)
+        for kind in (NetworkKind.VIDEO_DECODER, NetworkKind.VIDEO_ENCODER):
+            if kind in self.networks:
+                assembly.parts.video_statistics = _statistics(self.networks[kind], device, dtype)
+                break
+        return assembly
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Assembly:
         """Read all weights."""
@@ -86,6 +98,8 @@ class OpenedModels:
         parts = Parts(device=device, dtype=dtype, version=self.version, tokenizer=self.tokenizer)
         for kind, weights in self.networks.items():
             setattr(parts, PART_OF[kind], make(kind, weights))
+        half = parts.video_vae_decoder or parts.video_vae_encoder
+        parts.video_statistics = None if half is None else half.per_channel_statistics
         sources = {PART_OF[kind]: _shown(weights.files) for kind, weights in self.networks.items()}
         return Assembly(parts=parts, sources=sources)
 
@@ -113,7 +127,25 @@ def open_models(
     if NetworkKind.UPSAMPLER in networks and NetworkKind.TRANSFORMER in networks:
         _check_upsampler(networks[NetworkKind.UPSAMPLER], version)
     tokenizer = None if tokenizer_config is None else PromptTokenizer(_folder(tokenizer_config.resolve()))
-    return OpenedModels(networks=networks, version=version, tokenizer=tokenizer)
+    configs = {
+        kind: next(c for c, files in zip(model_configs, opened, strict=True) if _shares(files, weights.files))
+        for kind, weights in networks.items()
+    }
+    return OpenedModels(networks=networks, configs=configs, version=version, tokenizer=tokenizer)
+
+
+def _shares(files: WeightFiles, others: WeightFiles) -> bool:
+    return any(source in others.sources for source in files.sources)
+
+
+def _statistics(weights: NetworkWeights, device: torch.device, dtype: torch.dtype) -> PerChannelStatistics:
+    prefix = "per_channel_statistics."
+    own = [name for name in weights.entries if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): weights.read(name, dtype=dtype, device=device) for name in own}
+    with torch.device("meta"):
+        statistics = PerChannelStatistics(weights.config.latent_channels)
+    statistics.load_state_dict(tensors, strict=True, assign=True)
+    return statistics
 
 
 def read_transformer_lora(parts: Parts, source: str | Path | ModelConfig | Mapping[str, Tensor]) -> Lora:
@@ -129,7 +161,6 @@ def read_transformer_lora(parts: Parts, source: str | Path | ModelConfig | Mappi
         source.validate()
         source = source.state_dict if source.state_dict is not None else source.resolve()[0]
     lora = read_lora(source, shapes.keys(), shapes)
-    logger.info("%s", lora.report)
     model = MODEL_NAMES[parts.version]
     if lora.report.made_for not in (None, model):
         raise CheckpointError(

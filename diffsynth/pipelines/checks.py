@@ -1,6 +1,6 @@
 """What can be known of a request before anything runs, given the parts of a pipeline: sizes and devices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -51,12 +51,14 @@ def check_rand_device(request: GenerateRequest) -> None:
         raise RequestError(f"rand_{error.message}", hint=error.hint) from error
 
 
-def tile_config(request: GenerateRequest) -> TileConfig:
-    """The tiles of a request; whole clips when it is not tiled.
+def tile_config(request: GenerateRequest, planned: Mapping[str, int | None] | None = None) -> TileConfig:
+    """The tiles of a plan, else those of the request; whole clips when it is not tiled.
 
     Raises:
         RequestError: sizes that cannot be cut.
     """
+    if planned and "tile_size_in_pixels" in planned:
+        return TileConfig(**planned)
     if not request.tiled:
         return TileConfig(None, None, None, None)
     return TileConfig(

@@ -27,6 +27,7 @@ class Denoiser:
     Attributes:
         positive, negative: contexts of the prompt; ``negative`` may be None when no pass needs it.
         dtype: what the network computes in; the states keep their own dtype.
+        chunk_tokens: tokens that a feed-forward handles at once.
     """
 
     transformer: LTX2Transformer
@@ -36,6 +37,7 @@ class Denoiser:
     audio_guidance: GuidanceParams
     conventions: Conventions
     dtype: torch.dtype
+    chunk_tokens: int | None = None
     _last: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -53,7 +55,9 @@ class Denoiser:
             frozen = {name for name, state in states.items() if state.frozen}
             passes = [self._pass(kind, streams, frozen, skipped) for kind in kinds]
             velocities = self.transformer.forward_passes(
-                passes, cross_timestep=CrossTimestep(self.conventions.cross_timestep)
+                passes,
+                cross_timestep=CrossTimestep(self.conventions.cross_timestep),
+                chunk_tokens=self.chunk_tokens,
             )
             for name in awake:
                 x0s = {

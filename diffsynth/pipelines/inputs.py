@@ -12,7 +12,7 @@ from torch import Tensor
 from diffsynth.errors import RequestError
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.audio import Waveform
-from diffsynth.utils.images import load_image
+from diffsynth.utils.images import frames_to_images, load_image
 from diffsynth.utils.media_io_ltx2 import read_audio, read_video
 
 Picture = str | Path | Image.Image
@@ -105,9 +105,7 @@ def load_inputs(
 
 def _clip(argument: str, value: Clip, frame_cap: int) -> tuple[Image.Image, ...]:
     if isinstance(value, str | Path):
-        return tuple(
-            Image.fromarray(f) for f in read_video(value, frame_cap=frame_cap, argument=argument).frames
-        )
+        return tuple(frames_to_images(read_video(value, frame_cap=frame_cap, argument=argument).frames))
     frames = tuple(load_image(frame, argument=argument) for frame in value)[:frame_cap]
     if not frames:
         raise RequestError(f"{argument} holds a clip without frames", hint="a list of pictures")
@@ -118,7 +116,7 @@ def _sound(value: Sound, rate: int) -> Waveform:
     if isinstance(value, Waveform):
         return value
     if isinstance(value, str | Path):
-        return read_audio(Path(value))
+        return read_audio(Path(value), argument="retake_audio")
     if value.ndim not in (1, 2) or not torch.is_floating_point(value):
         raise RequestError(
             f"retake_audio is a {value.dtype} tensor of shape {tuple(value.shape)}",

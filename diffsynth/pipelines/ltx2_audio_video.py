@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from diffsynth import __version__
 from diffsynth.conditioning.tokens import audio_latent_frames
-from diffsynth.device import resolve_device
+from diffsynth.device import is_out_of_memory, resolve_device
 from diffsynth.errors import RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.lora import Lora, LoraHandle, LoraStack
@@ -34,12 +35,16 @@ from diffsynth.pipelines.inputs import (
     load_inputs,
     request_fields,
 )
+from diffsynth.pipelines.limits import MemoryLimits
+from diffsynth.pipelines.manage import manage
+from diffsynth.pipelines.memory import ManagedMemory
 from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ProgressBar, ignore, with_bar
 from diffsynth.pipelines.result import Result, VideoFrames
 from diffsynth.pipelines.stages import guided, plan_stages
 from diffsynth.pipelines.state import GenerationState
+from diffsynth.pipelines.states import check_states
 from diffsynth.pipelines.units import (
     DecodeAudio,
     DecodeVideo,
@@ -82,7 +87,12 @@ class LTX2AudioVideoPipeline:
     ) -> None:
         self.parts: Parts = assembly.parts
         self._assembly = assembly
-        self._loras = LoraStack(self.parts.dit) if self.parts.dit is not None else None
+        self._loras: LoraStack | None = None
+        if self.parts.dit is not None:
+            managed = isinstance(self.parts.memory, ManagedMemory)
+            self._loras = LoraStack(self.parts.dit, hooked=not managed)
+        if isinstance(self.parts.memory, ManagedMemory):
+            self.parts.memory.loras = self._loras
         self._stage2_lora = stage2_lora
         self._stage2_lora_strength = stage2_lora_strength
 
@@ -95,7 +105,11 @@ class LTX2AudioVideoPipeline:
         tokenizer_config: ModelConfig | None = None,
         stage2_lora_config: ModelConfig | None = None,
         stage2_lora_strength: float = 0.8,
-        vram_limit: float | None = None,
+        vram_limit: float | str | None = None,
+        host_limit: float | None = None,
+        storage: str | None = None,
+        cache: bool = True,
+        loras: Sequence[tuple[str | Path | ModelConfig, float]] = (),
         request: GenerateRequest | None = None,
     ) -> Self:
         """Load a pipeline.
@@ -107,7 +121,14 @@ class LTX2AudioVideoPipeline:
             tokenizer_config: folder with the Gemma tokenizer; fetched by its public id if None.
             stage2_lora_config: the distilled LoRA, active in the second stage only.
             stage2_lora_strength: its strength.
-            vram_limit: device memory to stay under, in GB (2**30 bytes).
+            vram_limit: device memory to stay under, in GB (2**30 bytes); "auto" for what is free now; or the
+                name of a :class:`~diffsynth.pipelines.limits.VRAMPreset`, such as "8gb".
+            host_limit: host memory to stay under, in GB; what is free now if None.
+            storage: format of the weights while they wait: bf16, int8, int4, fp8, e4m3 or e5m2.  With this or
+                a limit, or with states in ``model_configs`` that ask for it, weights come to the device block
+                by block; with none of them they all lie there.
+            cache: keep converted weights on the disk, so that the next start is quick.
+            loras: files and strengths, activated as :meth:`load_lora` does; they are read before any weight.
             request: one that will be made: if these files cannot serve it, the error comes before any weight
                 is read.
 
@@ -116,21 +137,27 @@ class LTX2AudioVideoPipeline:
             CheckpointError: files that are missing, damaged, unknown, or do not belong together.
             DownloadError: a file could not be fetched.
         """
-        if vram_limit is not None and not vram_limit > 0:
-            raise RequestError(
-                f"vram_limit={vram_limit} is not a positive number of GB", hint="vram_limit=7.5"
-            )
+        limits = MemoryLimits(vram_limit=vram_limit, host_limit=host_limit, storage=storage, cache=cache)
         if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
             raise RequestError(f"torch_dtype={torch_dtype!r} is not a floating dtype", hint="torch.bfloat16")
         target = resolve_device(device)
+        check_states(model_configs, target, torch_dtype)
         opened = open_models(model_configs, tokenizer_config or ModelConfig(model_id=GEMMA_ID))
         outline, lora = opened.outline(target, torch_dtype), None
         if stage2_lora_config is not None:
             lora = read_transformer_lora(outline.parts, stage2_lora_config)
+        own = [(read_transformer_lora(outline.parts, source), alpha) for source, alpha in loras]
         if request is not None:
             cls(outline, stage2_lora=lora).check(request)
-        assembly = opened.load(target, torch_dtype)
-        return cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
+        if limits.asks_for_management(opened.configs):
+            assembly = manage(opened, limits, target, torch_dtype)
+        else:
+            assembly = opened.load(target, torch_dtype)
+        pipe = cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
+        for read, alpha in own:
+            assert pipe._loras is not None, "a LoRA is read for a transformer only"
+            pipe._loras.add(read, alpha)
+        return pipe
 
     def __getattr__(self, name: str) -> Any:
         """The networks by their public names."""
@@ -265,8 +292,13 @@ class LTX2AudioVideoPipeline:
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
         )
+        self.parts.memory.prepare(
+            request,
+            lora_rank=sum(self._loras.ranks) if self._loras else 0,
+            text=not self._knows_prompts(request),
+        )
         for unit in self._units(request, stages):
-            unit.run(self.parts, state)
+            _run(unit, self.parts, state)
         record = self._record(request)
         frames = None
         if state.frames is not None:
@@ -279,6 +311,15 @@ class LTX2AudioVideoPipeline:
             audio_latent=state.audio_latent,
             record=record,
         )
+
+    def memory_report(self) -> dict[str, Any]:
+        """What the last run was planned to take, what it took, and what moved; ready for JSON."""
+        return self.parts.memory.report()
+
+    def _knows_prompts(self, request: GenerateRequest) -> bool:
+        cache = self.parts.prompt_cache
+        prompts = [request.prompt, *([request.negative_prompt] if guided(request) else [])]
+        return cache is not None and all(cache.path(prompt).is_file() for prompt in prompts)
 
     def check(self, request: GenerateRequest) -> None:
         """Everything that a request needs of this pipeline, before any of it runs.
@@ -317,7 +358,7 @@ class LTX2AudioVideoPipeline:
         if self.parts.upsampler is None:
             raise RequestError(
                 "use_two_stage_pipeline needs a latent upsampler",
-                hint=f"add the spatial upscaler x2 of Lightricks/{model} to model_configs",
+                hint=f"add the spatial upscaler x2 of Lightricks/{model} to model_configs (--upsampler)",
             )
         if not is_spatial_x2(self.parts.upsampler.config):
             raise RequestError(
@@ -327,8 +368,8 @@ class LTX2AudioVideoPipeline:
         if self._stage2_lora is None and not request.use_distilled_pipeline:
             raise RequestError(
                 "use_two_stage_pipeline with a dev checkpoint needs stage2_lora_config",
-                hint=f"the distilled LoRA of Lightricks/{model}, or a distilled checkpoint and "
-                "use_distilled_pipeline=True",
+                hint=f"the distilled LoRA of Lightricks/{model} (--distilled-lora), or a distilled "
+                "checkpoint and use_distilled_pipeline=True",
             )
 
     def _units(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
@@ -378,6 +419,19 @@ class LTX2AudioVideoPipeline:
             "loras": loras,
             "request": request.to_dict(),
         }
+
+
+def _run(unit: Unit, parts: Parts, state: GenerationState) -> None:
+    """Run a unit; if the device runs out of memory, again with less, from the last finished step."""
+    while True:
+        try:
+            unit.run(parts, state)
+        except Exception as error:
+            if not is_out_of_memory(error) or not parts.memory.step_down():
+                raise
+            clear_frames(error.__traceback__)  # they hold the tensors that filled the device
+        else:
+            return
 
 
 @contextmanager

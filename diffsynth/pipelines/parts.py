@@ -1,7 +1,7 @@
 """The networks of a pipeline by the names of the public API, and what to say when one is missing."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -13,9 +13,11 @@ from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder
 from diffsynth.models.ltx2.connectors import TextConnectors
 from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.models.ltx2.upsampler import LatentUpsampler
-from diffsynth.models.ltx2.video_vae import VideoDecoder, VideoEncoder
+from diffsynth.models.ltx2.video_vae import PerChannelStatistics, VideoDecoder, VideoEncoder
 from diffsynth.models.ltx2.vocoder import Vocoder
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWE
+from diffsynth.pipelines.phases import AllOnDevice, Memory
+from diffsynth.pipelines.prompt_cache import PromptCache
 
 ModelVersion = Literal["2.0", "2.3"]
 
@@ -37,6 +39,10 @@ class Parts:
     audio_vae_decoder: AudioDecoder | None = None
     audio_vocoder: Vocoder | VocoderBWE | None = None
     upsampler: LatentUpsampler | None = None
+    video_statistics: PerChannelStatistics | None = None
+    """Of the video latent; always on the device, whichever half of the autoencoder it came with."""
+    memory: Memory = field(default_factory=AllOnDevice)
+    prompt_cache: PromptCache | None = None
 
     def require(self, names: Iterable[str]) -> None:
         """Check that parts are there.
@@ -47,11 +53,13 @@ class Parts:
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             wanted = "; ".join(f"{name} ({WHERE[name].format(self._files)})" for name in missing)
-            raise CheckpointError(f"missing: {', '.join(missing)}", hint=f"add to model_configs: {wanted}")
+            raise CheckpointError(
+                f"missing: {', '.join(missing)}", hint=f"add to model_configs (--checkpoint): {wanted}"
+            )
 
     def loaded(self) -> list[str]:
         """Names of the parts that are there."""
-        skipped = {"device", "dtype", "version"}
+        skipped = {"device", "dtype", "version", "memory", "prompt_cache"}
         return [f.name for f in fields(self) if f.name not in skipped and getattr(self, f.name) is not None]
 
     @property
@@ -81,5 +89,7 @@ WHERE: Mapping[str, str] = {
     "audio_vocoder": "a Lightricks/{0} checkpoint, or audio_vocoder.safetensors of "
     "DiffSynth-Studio/{0}-Repackage",
     "upsampler": "Lightricks/{0}, the spatial upscaler x2",
+    "video_statistics": "a Lightricks/{0} checkpoint, or video_vae_decoder.safetensors of "
+    "DiffSynth-Studio/{0}-Repackage",
 }
 """Part -> a file that holds it."""

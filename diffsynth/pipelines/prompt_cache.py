@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -41,18 +40,17 @@ class PromptCache:
         key = hashlib.sha256(f"{self._weights}\n{prompt.strip()}".encode()).hexdigest()
         return self.folder / f"{key[:40]}.safetensors"
 
-    def get(self, prompt: str, device: torch.device) -> PromptContext | None:
+    def get(self, prompt: str) -> PromptContext | None:
         """The stored encoding; None when there is none, or none that can be read."""
         path = self.path(prompt)
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                context = PromptContext(file.get_tensor("video"), file.get_tensor("audio"))
+                return PromptContext(file.get_tensor("video"), file.get_tensor("audio"))
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be read (%s): the prompt is encoded again", path, error)
             return None
-        return PromptContext(context.video.to(device), context.audio.to(device))
 
     def put(self, prompt: str, context: PromptContext) -> None:
         """Store an encoding; a full disk costs a line in the log, not the run."""

@@ -41,6 +41,7 @@ class Result:
         """(2, samples) float32 on the CPU; its attribute ``sampling_rate`` is the rate in Hz."""
         if self.waveform is None:
             return None
-        samples = self.waveform.samples
+        # A copy made here, outside the run's inference mode, may be changed in place by who gets it.
+        samples = self.waveform.samples.clone()
         samples.sampling_rate = self.waveform.sampling_rate  # type: ignore[attr-defined]
         return samples

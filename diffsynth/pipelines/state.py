@@ -6,12 +6,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.conditioning.items import ConditioningItem
+from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext
 from diffsynth.pipelines.inputs import Inputs
 from diffsynth.pipelines.progress import OnProgress, Progress, ignore
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.conventions import Conventions
+from diffsynth.sampling.loops import Step
 from diffsynth.sampling.noise import NoiseSource
 from diffsynth.utils.audio import Waveform
 
@@ -22,11 +24,13 @@ class GenerationState:
 
     Attributes:
         noise: the run's one source of noise; it moves on with every draw.
-        positive, negative: contexts of the prompts; ``negative`` stays None when nothing is guided.
+        positive, negative: contexts of the prompts, on the host; ``negative`` stays None when nothing is
+            guided.
         video_items, audio_items: conditionings of the coming stage.
         video_latent, audio_latent: normalised latents (1, C, F, H, W) and (1, C, T, M): the start of the
             coming stage, then its result.
         audio_shape: (1, C, T, M) of the audio latent; None for a model without sound.
+        unfinished: the last step of a denoising loop that has not come to its end.
         frames: decoded pictures; waveform: decoded sound.
     """
 
@@ -43,6 +47,7 @@ class GenerationState:
     audio_items: list[ConditioningItem] = field(default_factory=list)
     video_latent: Tensor | None = None
     audio_latent: Tensor | None = None
+    unfinished: Step[ModalityState] | None = None
     frames: list[Image.Image] | None = None
     waveform: Waveform | None = None
 

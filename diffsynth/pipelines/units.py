@@ -20,22 +20,23 @@ from diffsynth.conditioning.items import (
     apply_items,
 )
 from diffsynth.conditioning.state import ModalityState
-from diffsynth.conditioning.text import encode_prompts
+from diffsynth.conditioning.text import PromptContext, contexts_from_features, prompt_features
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
-from diffsynth.models.ltx2.tiling import decode_plan
+from diffsynth.models.ltx2.tiling import TileConfig, decode_plan
 from diffsynth.models.ltx2.upsampler import upsample_latent
 from diffsynth.models.ltx2.video_tiling import decode_tiles, encode_tiled
 from diffsynth.models.ltx2.video_vae import to_uint8
 from diffsynth.models.ltx2.vocoder import decode_audio
 from diffsynth.pipelines.checks import tile_config
+from diffsynth.pipelines.costs.transformer import free_chunk
 from diffsynth.pipelines.denoiser import Denoiser
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.stages import Stage, guided
 from diffsynth.pipelines.state import GenerationState
-from diffsynth.request import GenerateRequest, Region
+from diffsynth.request import Region
 from diffsynth.sampling.conventions import ImageFit
 from diffsynth.sampling.loops import Step, euler
 from diffsynth.sampling.noise import add_noise
@@ -64,24 +65,46 @@ class EncodePrompts:
     needs: tuple[str, ...] = ("tokenizer", "text_encoder", "text_encoder_post_modules")
 
     def run(self, parts: Parts, state: GenerationState) -> None:
-        """Encode both prompts in one pass through the text model."""
-        assert parts.tokenizer is not None
-        assert parts.text_encoder is not None
-        assert parts.text_encoder_post_modules is not None
+        """Encode both prompts in one pass through the text model, as far as they are not known."""
         request = state.request
         prompts = [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
         state.report("encode prompt", 0, 1)
-        contexts = encode_prompts(
-            parts.text_encoder,
-            parts.text_encoder_post_modules,
-            parts.tokenizer,
-            prompts,
-            device=parts.device,
-            dtype=parts.dtype,
-        )
-        state.positive = contexts[0]
-        state.negative = contexts[1] if len(contexts) > 1 else None
+        contexts = self._known(parts, prompts)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in contexts]
+        if missing:
+            contexts |= dict(zip(missing, self._encode(parts, missing), strict=True))
+        state.positive = contexts[prompts[0]]
+        state.negative = contexts[prompts[1]] if len(prompts) > 1 else None
         state.report("encode prompt", 1, 1)
+
+    def _known(self, parts: Parts, prompts: Sequence[str]) -> dict[str, PromptContext]:
+        """Encodings of earlier runs: with all of them there, the text model is never loaded."""
+        if parts.prompt_cache is None:
+            return {}
+        found = {prompt: parts.prompt_cache.get(prompt) for prompt in prompts}
+        return {prompt: context for prompt, context in found.items() if context is not None}
+
+    def _encode(self, parts: Parts, prompts: Sequence[str]) -> list[PromptContext]:
+        assert parts.tokenizer is not None
+        assert parts.text_encoder is not None
+        assert parts.text_encoder_post_modules is not None
+        connectors = parts.text_encoder_post_modules
+        with parts.memory.phase("text") as phase:
+            features = prompt_features(
+                parts.text_encoder,
+                connectors,
+                parts.tokenizer,
+                prompts,
+                device=parts.device,
+                dtype=parts.dtype,
+                slices=phase.slices,
+            )
+        with parts.memory.phase("connectors"):
+            contexts = [c.to("cpu") for c in contexts_from_features(connectors, features)]
+        if parts.prompt_cache is not None:
+            for prompt, context in zip(prompts, contexts, strict=True):
+                parts.prompt_cache.put(prompt, context)
+        return contexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +119,19 @@ class EncodeVideoInputs:
         phase = f"encode inputs of stage {self.stage.number}"
         jobs = list(self._jobs(parts, state))
         items: list[ConditioningItem] = []
-        for done, job in enumerate(jobs):
-            state.report(phase, done, len(jobs))
-            items += job()
+        with parts.memory.phase(f"encode inputs {self.stage.number}") as run:
+            for done, job in enumerate(jobs):
+                state.report(phase, done, len(jobs))
+                items += job(tile_config(state.request, run.settings))
         if jobs:
             state.report(phase, len(jobs), len(jobs))
         if state.inputs.retake_video is not None and not state.request.retake_video_regions:
             items.append(Frozen())
         state.video_items = items
 
-    def _jobs(self, parts: Parts, state: GenerationState) -> Iterator[Callable[[], list[ConditioningItem]]]:
+    def _jobs(
+        self, parts: Parts, state: GenerationState
+    ) -> Iterator[Callable[[TileConfig], list[ConditioningItem]]]:
         """One per picture or clip to encode; it returns the items that come of it."""
         request, inputs, stage = state.request, state.inputs, self.stage
         if inputs.retake_video is not None:
@@ -119,10 +145,10 @@ class EncodeVideoInputs:
                 yield partial(self._reference, parts, state, clip)
 
     def _retake(
-        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image]
+        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image], tiling: TileConfig
     ) -> list[ConditioningItem]:
         stage, regions = self.stage, state.request.retake_video_regions
-        latent = self._encode(parts, state, clip, stage.height, stage.width)
+        latent = self._encode(parts, state, clip, (stage.height, stage.width), tiling)
         items: list[ConditioningItem] = []
         if stage.number == 1:
             state.video_latent = latent
@@ -133,20 +159,27 @@ class EncodeVideoInputs:
         return items
 
     def _picture(
-        self, parts: Parts, state: GenerationState, image: Image.Image, frame: int, strength: float
+        self,
+        parts: Parts,
+        state: GenerationState,
+        image: Image.Image,
+        frame: int,
+        strength: float,
+        tiling: TileConfig,
     ) -> list[ConditioningItem]:
         request, stage = state.request, self.stage
         crf = DEFAULT_CRF if request.input_images_crf is None else request.input_images_crf
-        latent = self._encode(parts, state, [image], stage.height, stage.width, crf)
+        latent = self._encode(parts, state, [image], (stage.height, stage.width), tiling, crf)
         if frame == 0:
             return [LatentAtIndex(latent=latent, strength=strength)]
         return [Keyframe(latent=latent, frame_index=frame, strength=strength)]
 
     def _reference(
-        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image]
+        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image], tiling: TileConfig
     ) -> list[ConditioningItem]:
         stage, factor = self.stage, state.request.in_context_downsample_factor
-        latent = self._encode(parts, state, clip, stage.height // factor, stage.width // factor)
+        size = (stage.height // factor, stage.width // factor)
+        latent = self._encode(parts, state, clip, size, tiling)
         return [ReferenceClip(latent=latent, downscale_factor=factor)]
 
     def _encode(
@@ -154,23 +187,17 @@ class EncodeVideoInputs:
         parts: Parts,
         state: GenerationState,
         frames: Sequence[Image.Image],
-        height: int,
-        width: int,
+        size: tuple[int, int],
+        tiling: TileConfig,
         crf: int = 0,
     ) -> Tensor:
-        """Frames -> float32 latent (1, C, F', H', W') at a size in pixels."""
+        """Frames -> float32 latent (1, C, F', H', W') at a size (height, width) in pixels."""
         assert parts.video_vae_encoder is not None
-        pixels = torch.cat(
-            [_pixels(f, height, width, crf, state.conventions.image_fit) for f in frames], dim=2
-        )
+        fit = state.conventions.image_fit
+        pixels = torch.cat([_pixels(frame, *size, crf, fit) for frame in frames], dim=2)
         if state.request.tiled:
-            latent = encode_tiled(
-                parts.video_vae_encoder,
-                pixels,
-                tile_config(state.request),
-                device=parts.device,
-                dtype=parts.dtype,
-            )
+            encoder = parts.video_vae_encoder
+            latent = encode_tiled(encoder, pixels, tiling, device=parts.device, dtype=parts.dtype)
         else:
             latent = parts.video_vae_encoder(pixels.to(device=parts.device, dtype=parts.dtype))
         return latent.float()
@@ -190,7 +217,8 @@ class EncodeAudioInput:
         state.report("encode audio", 0, 1)
         mel_config = encoder.config.mel
         mel = log_mel(prepare_waveform(sound.samples, sound.sampling_rate, mel_config), mel_config)
-        latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
+        with parts.memory.phase("encode audio"):
+            latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
         assert state.audio_shape is not None
         state.audio_latent = fit_audio_latent(latent, state.audio_shape[2])
         state.audio_items = audio_items(request.retake_audio_regions)
@@ -213,43 +241,61 @@ class Denoise:
         assert parts.dit is not None
         assert state.positive is not None
         stage, conventions = self.stage, state.conventions
-        video = None if state.request.audio_only else self._noisy(self._video(parts, state), state)
-        audio = None
-        if state.audio_shape is not None:
-            audio = self._noisy(self._audio(state.audio_shape, parts, state), state)
+        video, audio, start = self._start(parts, state)
+        longest = max(stream.num_tokens for stream in (video, audio) if stream is not None)
         denoiser = Denoiser(
             transformer=parts.dit,
-            positive=state.positive,
-            negative=state.negative,
+            positive=state.positive.to(parts.device),
+            negative=None if state.negative is None else state.negative.to(parts.device),
             video_guidance=stage.video_guidance,
             audio_guidance=stage.audio_guidance,
             conventions=conventions,
             dtype=parts.dtype,
+            chunk_tokens=free_chunk(longest),
         )
-        phase = f"denoise stage {stage.number}"
-        start = Denoised(stage=stage, video=video, audio=audio)
-        state.on_progress(Progress(phase=phase, done=0, total=stage.steps, denoised=start))
-
-        def on_step(step: Step[ModalityState]) -> None:
-            denoised = Denoised(
-                stage=stage,
-                video=step.video,
-                audio=step.audio,
-                sigma=step.sigma,
-                video_x0=step.video_x0,
-                audio_x0=step.audio_x0,
-            )
-            state.on_progress(
-                Progress(phase=phase, done=step.index + 1, total=stage.steps, denoised=denoised)
-            )
-
-        with self.lora:
+        with self.lora, parts.memory.phase(f"denoise {stage.number}"):
             video, audio = euler(
-                denoiser, video, audio, stage.sigmas, masked_step=conventions.masked_step, on_step=on_step
+                denoiser,
+                video,
+                audio,
+                stage.sigmas,
+                masked_step=conventions.masked_step,
+                on_step=partial(self._on_step, state),
+                start_step=start,
             )
+        state.unfinished = None
         state.video_latent = None if video is None else video.unpatchified()
         state.audio_latent = None if audio is None else audio.unpatchified()
         state.video_items = []
+
+    def _start(
+        self, parts: Parts, state: GenerationState
+    ) -> tuple[ModalityState | None, ModalityState | None, int]:
+        """The noisy states, or those after the last finished step of a run that was interrupted."""
+        if state.unfinished is not None:
+            return state.unfinished.video, state.unfinished.audio, state.unfinished.index + 1
+        video = None if state.request.audio_only else self._noisy(self._video(parts, state), state)
+        audio = None
+        if state.audio_shape is not None:
+            audio = self._noisy(self._audio(state.audio_shape, parts, state), state)
+        self._tell(state, 0, Denoised(stage=self.stage, video=video, audio=audio))
+        return video, audio, 0
+
+    def _on_step(self, state: GenerationState, step: Step[ModalityState]) -> None:
+        state.unfinished = step
+        denoised = Denoised(
+            stage=self.stage,
+            video=step.video,
+            audio=step.audio,
+            sigma=step.sigma,
+            video_x0=step.video_x0,
+            audio_x0=step.audio_x0,
+        )
+        self._tell(state, step.index + 1, denoised)
+
+    def _tell(self, state: GenerationState, done: int, denoised: Denoised) -> None:
+        phase = f"denoise stage {self.stage.number}"
+        state.on_progress(Progress(phase=phase, done=done, total=self.stage.steps, denoised=denoised))
 
     def _video(self, parts: Parts, state: GenerationState) -> ModalityState:
         assert parts.dit is not None
@@ -274,17 +320,17 @@ class Denoise:
 class Upsample:
     """The video latent of the first stage -> twice the height and width."""
 
-    needs: tuple[str, ...] = ("upsampler", "video_vae_decoder")
+    needs: tuple[str, ...] = ("upsampler", "video_statistics")
 
     def run(self, parts: Parts, state: GenerationState) -> None:
         """Replace ``video_latent``."""
         assert parts.upsampler is not None
-        assert parts.video_vae_decoder is not None
+        assert parts.video_statistics is not None
         assert state.video_latent is not None
         state.report("upsample", 0, 1)
-        statistics = parts.video_vae_decoder.per_channel_statistics
         latent = state.video_latent.to(device=parts.device, dtype=parts.dtype)
-        state.video_latent = upsample_latent(parts.upsampler, statistics, latent).float()
+        with parts.memory.phase("upsample"):
+            state.video_latent = upsample_latent(parts.upsampler, parts.video_statistics, latent).float()
         state.report("upsample", 1, 1)
 
 
@@ -299,16 +345,20 @@ class DecodeVideo:
         assert parts.video_vae_decoder is not None
         assert state.video_latent is not None
         latent = state.video_latent.to(device=parts.device, dtype=parts.dtype)
-        tiling = tile_config(state.request)
         frames, height, width = latent.shape[2:]
-        state.report("decode video", 0, decode_plan((frames, height, width), tiling).num_tiles)
-        chunks = decode_tiles(
-            parts.video_vae_decoder,
-            latent,
-            tiling,
-            on_tile=lambda done, total: state.report("decode video", done, total),
-        )
-        state.frames = [picture for chunk in chunks for picture in _as_pictures(chunk)]
+        pictures: list[Image.Image] = []
+        with parts.memory.phase("decode video") as phase:
+            tiling = tile_config(state.request, phase.settings)
+            state.report("decode video", 0, decode_plan((frames, height, width), tiling).num_tiles)
+            for chunk in decode_tiles(
+                parts.video_vae_decoder,
+                latent,
+                tiling,
+                accumulate_on=torch.device("cpu"),
+                on_tile=lambda done, total: state.report("decode video", done, total),
+            ):
+                pictures += _as_pictures(chunk)
+        state.frames = pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +378,8 @@ class DecodeAudio:
             return
         state.report("decode audio", 0, 1)
         latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
-        samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
+        with parts.memory.phase("decode audio"):
+            samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
         state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
         state.report("decode audio", 1, 1)
 
@@ -359,4 +410,4 @@ def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit
 
 def _as_pictures(chunk: Tensor) -> list[Image.Image]:
     """(1, 3, f, H, W) float -> f pictures."""
-    return frames_to_images(to_uint8(chunk[0]).permute(1, 2, 3, 0))
+    return frames_to_images(to_uint8(chunk[0]).cpu().permute(1, 2, 3, 0))

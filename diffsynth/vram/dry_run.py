@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from diffsynth.vram.binding import store_of
+
 ResultT = TypeVar("ResultT")
 
 
@@ -44,9 +46,9 @@ class LiveBytes:
         self.now -= size
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, live: LiveBytes) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = live
 
     def __torch_dispatch__(
@@ -93,9 +95,7 @@ def without_data(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     """
     with FakeTensorMode():
         for part in module.modules():
-            for store in (part._parameters, part._buffers):
-                for name, tensor in store.items():
-                    if tensor is not None:
-                        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                        store[name] = torch.empty(tensor.shape, dtype=wanted)
+            for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                store_of(part, name)[name] = torch.empty(tensor.shape, dtype=wanted)
     return module

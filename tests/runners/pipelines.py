@@ -80,16 +80,17 @@ def contexts(case: Case) -> None:
 
 def official(case: Case) -> None:
     """A run of the official pipelines; the behaviour of its version follows from the case."""
-    inputs, folder = case.meta["inputs"], ModelFolder.of(case.path.parent.parent)
+    inputs = case.meta["inputs"]
+    kind = inputs["pipeline"]
+    if kind in LATER:
+        raise LaterIssue(f"pipeline {kind}")
+    build = OFFICIAL.get(kind)
+    assert build is not None, f"no way to run the pipeline {kind!r}"
+    folder = ModelFolder.of(case.path.parent.parent)
     arguments: dict[str, Any] = dict(inputs["args"])
     pipe = folder.pipeline(stage2_strength=inputs.get("distilled_lora_strength"))
     for _, strength in inputs.get("loras", []):
         pipe.load_lora(pipe.dit, folder.loras[0], alpha=strength)
-    kind = inputs["pipeline"]
-    build = OFFICIAL.get(kind)
-    if build is None and kind in LATER:
-        raise LaterIssue(f"pipeline {kind}")
-    assert build is not None, f"no way to run the pipeline {kind!r}"
     request, given = build(case, arguments, inputs)
     run_and_compare(case, pipe, request, given)
 

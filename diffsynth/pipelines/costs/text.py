@@ -1,0 +1,75 @@
+"""Cost of the text phase: the Gemma layers with the feature sums beside them, then the connectors.
+
+Legend: n tokens of a prompt, k prompts, D Gemma's width (3840), I its inner width, T context length (1024),
+W width of a connector.  Prompts run one after another inside a layer, so a layer works at the memory of one.
+"""
+
+from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.ltx2.connectors import ConnectorConfig, TextConnectorsConfig
+from diffsynth.models.ltx2.feature_extractor import FeatureExtractorConfig
+from diffsynth.pipelines.costs.cost import Cost
+
+FLOAT32 = 4
+FEED_FORWARD_GROWTH = 4
+
+
+def feature_widths(config: FeatureExtractorConfig) -> tuple[int, ...]:
+    """Output widths of the projections: one that both streams share, or one per stream."""
+    return (config.video_width, config.audio_width) if config.separate else (config.video_width,)
+
+
+def gemma_cost(
+    gemma: Gemma3Config,
+    features: FeatureExtractorConfig,
+    tokens: int,
+    prompts: int,
+    length: int,
+    itemsize: int,
+) -> Cost:
+    """All layers, and the projection of every hidden state as it appears.
+
+    Args:
+        tokens: n of the longest prompt; length: T, of the rotation tables.
+        itemsize: of the compute dtype.
+    """
+    width, inner = gemma.hidden_size, gemma.intermediate_size
+    queries = gemma.num_attention_heads * gemma.head_dim
+    keys = gemma.num_key_value_heads * gemma.head_dim
+    out = sum(feature_widths(features))
+    states = prompts * tokens * width * itemsize  # one hidden state of every prompt
+    kept = states
+    kept += 2 * 2 * length * gemma.head_dim // 2 * itemsize  # cosine and sine for both kinds of layers
+    kept += prompts * tokens * out * FLOAT32  # the sums
+    attention = 2 * width + 2 * queries + 2 * keys + 2 * queries + queries
+    layer = states + tokens * itemsize * max(attention, width + 3 * inner)
+    # A hidden state in float32, its normalised form, and the slice of the projection in float32.
+    project = FLOAT32 * (2 * tokens * width + out * width)
+    layers = len(gemma.layer_kinds)
+    weights = width * (2 * queries + 2 * keys) + 3 * width * inner
+    flops = prompts * tokens * 2.0 * (layers * weights + gemma.num_hidden_states * width * out)
+    flops += prompts * layers * 4.0 * tokens**2 * queries
+    return Cost(kept + max(layer, project), flops)
+
+
+def connectors_cost(
+    config: TextConnectorsConfig, tokens: int, prompts: int, length: int, itemsize: int
+) -> Cost:
+    """Both connectors, video first."""
+    widths = feature_widths(config.features)
+    features = prompts * tokens * sum(widths) * itemsize
+    video = _connector_bytes(config.video, prompts, length, itemsize)
+    audio = _connector_bytes(config.audio, prompts, length, itemsize)
+    contexts = prompts * length * config.video.width * itemsize  # of the video, while audio is computed
+    flops = sum(_connector_flops(c, prompts, length) for c in (config.video, config.audio))
+    return Cost(features + max(video, contexts + audio), flops)
+
+
+def _connector_bytes(config: ConnectorConfig, prompts: int, length: int, itemsize: int) -> int:
+    """Rows before and after a block, and one row in the feed-forward; the rotation table is float32."""
+    rows = 2 * prompts + 1 + 2 * FEED_FORWARD_GROWTH
+    return length * config.width * (rows * itemsize + FLOAT32)
+
+
+def _connector_flops(config: ConnectorConfig, prompts: int, length: int) -> float:
+    weights = (4 + 2 * FEED_FORWARD_GROWTH) * config.width**2
+    return prompts * config.num_layers * length * (2.0 * weights + 4.0 * length * config.width)

@@ -1,0 +1,52 @@
+"""Put opened models under the memory manager."""
+
+import torch
+
+from diffsynth.conditioning.text import CONTEXT_LENGTH
+from diffsynth.device import backend_for
+from diffsynth.loader import NetworkKind
+from diffsynth.pipelines.assemble import PART_OF, Assembly, OpenedModels
+from diffsynth.pipelines.limits import MemoryLimits
+from diffsynth.pipelines.memory import ManagedMemory
+from diffsynth.pipelines.prompt_cache import PromptCache
+from diffsynth.pipelines.states import kept_on_disk
+from diffsynth.pipelines.storage import Storage
+from diffsynth.vram.cache import PackedCache, default_folder
+
+
+def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dtype: torch.dtype) -> Assembly:
+    """Parts without weights, and a memory manager that brings them; nothing is read yet.
+
+    Raises:
+        RequestError: limits that cannot be met on this device.
+    """
+    assembly = opened.hold(device, dtype)
+    backend = backend_for(device)
+    storage = limits.storage_policy(opened.configs)
+    if limits.cache:
+        assembly.parts.prompt_cache = _prompt_cache(opened, storage, dtype)
+    assembly.parts.memory = ManagedMemory(
+        assembly.parts,
+        {PART_OF[kind]: weights for kind, weights in opened.networks.items()},
+        storage,
+        backend,
+        limits.budget(backend),
+        cache=PackedCache() if limits.cache else None,
+        on_disk=[PART_OF[kind] for kind in kept_on_disk(opened.configs)],
+    )
+    return assembly
+
+
+def _prompt_cache(opened: OpenedModels, storage: Storage, dtype: torch.dtype) -> PromptCache | None:
+    """For encodings of this text model; None when it does not come from files."""
+    kinds = (NetworkKind.GEMMA, NetworkKind.TEXT_CONNECTORS)
+    networks = [opened.networks[kind] for kind in kinds if kind in opened.networks]
+    files = [path for weights in networks for path in weights.files.paths]
+    if opened.tokenizer is None or len(networks) < len(kinds) or not all(w.files.paths for w in networks):
+        return None
+    formats = "; ".join(storage.policy_of(PART_OF[kind], dtype) for kind in kinds)
+    return PromptCache(
+        default_folder().parent / "prompts",
+        files=[*files, *opened.tokenizer.files],
+        settings=f"{formats}; {CONTEXT_LENGTH} tokens",
+    )

@@ -1,0 +1,69 @@
+"""How units ask for the networks of a phase, wherever the weights are meanwhile.
+
+A unit says ``with memory.phase("denoise 1")`` and finds the networks of that phase ready.  Phases follow one
+another; each gives back what it held.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+from diffsynth.models.ltx2.feature_extractor import Slices
+from diffsynth.request import GenerateRequest
+
+
+class PhaseRun(NamedTuple):
+    """What a unit gets for a phase besides networks that are ready."""
+
+    settings: Mapping[str, int | None] = {}
+    """Of the plan: tile sizes.  Empty: as the request has them."""
+    slices: Slices | None = None
+    """Source of the text projections where they are streamed."""
+
+
+class Memory(Protocol):
+    """See the module."""
+
+    def prepare(self, request: GenerateRequest, *, lora_rank: int, text: bool) -> None:
+        """Decide how the phases of a request will run.
+
+        Args:
+            request: what will be generated.
+            lora_rank: of the user's LoRAs, all together.
+            text: whether prompts have to be encoded.
+
+        Raises:
+            MemoryBudgetError: the request does not fit; the hint says what would.
+        """
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[PhaseRun]:
+        """The networks of a phase are on the device inside the ``with`` block."""
+        ...
+
+    def step_down(self) -> bool:
+        """After the device ran out of memory all the same: decide on less; False when there is no less."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What was planned and what was measured, ready for JSON."""
+        ...
+
+
+class AllOnDevice:
+    """Every network lies on the device all the time."""
+
+    def prepare(self, request: GenerateRequest, *, lora_rank: int, text: bool) -> None:
+        """See :class:`Memory`: there is nothing to decide."""
+
+    def step_down(self) -> bool:
+        """See :class:`Memory`."""
+        return False
+
+    def phase(self, name: str) -> AbstractContextManager[PhaseRun]:
+        """See :class:`Memory`."""
+        return nullcontext(PhaseRun())
+
+    def report(self) -> dict[str, Any]:
+        """See :class:`Memory`."""
+        return {"managed": False}

@@ -1,0 +1,111 @@
+"""``diffsynth plan``: predictions as a table and as JSON, and the committed predictions."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.plan_table import BEGIN, END, table
+from diffsynth.cli.plan import plan
+from diffsynth.errors import DiffSynthError, MemoryBudgetError, RequestError
+
+ROOT = Path(__file__).parents[2]
+GB = 2**30
+
+app = typer.Typer(rich_markup_mode=None)
+app.command()(plan)
+
+
+def run(*given: str) -> str:
+    """What the command prints; errors come as they are raised."""
+    result = CliRunner().invoke(app, list(given), env={"COLUMNS": "200"})
+    if isinstance(result.exception, DiffSynthError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def as_json(*given: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*given, "--json"))
+    return found
+
+
+def test_a_table_names_every_phase_and_the_totals() -> None:
+    printed = run("--gpu", "RTX 4060 8GB", "--mode", "two-stage", "--model", "ltx-2", "--host-limit", "32")
+    assert "ltx-2 two-stage 768x512x121, int8, RTX 4060 8GB: predicted" in printed
+    for phase in ("text", "connectors", "denoise 1", "upsample", "denoise 2", "decode video", "decode audio"):
+        assert f" {phase} " in printed
+    assert "tiles 512/128 px, 128/24 frames" in printed
+    assert "GB of device memory and" in printed
+
+
+def test_json_holds_the_question_and_the_plan() -> None:
+    found = as_json("--gpu", "rtx 4060", "--host-limit", "16", "--storage", "int4", "--frames", "97")
+    assert (found["gpu"], found["model"], found["mode"]) == ("RTX 4060 8GB", "ltx-2.3", "one-stage")
+    assert (found["height"], found["width"], found["num_frames"]) == (512, 768, 97)
+    assert found["vram_limit_bytes"] == pytest.approx(7.2 * GB, rel=1e-6)
+    assert found["peak_vram_bytes"] <= found["vram_limit_bytes"]
+    assert found["peak_host_bytes"] <= found["host_limit_bytes"] == 16 * GB
+    denoise = next(phase for phase in found["phases"] if phase["name"] == "denoise 1")
+    assert denoise["num_blocks"] == 48
+    assert denoise["residents"][0] == "transformer_blocks.0"
+    assert found["seconds"] == pytest.approx(sum(phase["seconds"] for phase in found["phases"]))
+
+
+def test_a_card_of_figures_is_that_card() -> None:
+    named = as_json("--gpu", "RTX 4060 8GB")
+    figures = as_json("--vram", "8", "--tflops", "30.2", "--link", "12.5")
+    assert {**figures, "gpu": named["gpu"]} == named
+    changed = as_json("--gpu", "RTX 4060 8GB", "--tflops", "60.4", "--disk", "0.5")
+    assert 1.4 < named["seconds"] / changed["seconds"] < 2.0
+    assert changed["load_s"] > named["load_s"]
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(
+        MemoryBudgetError, match="height=1024, width=1536, num_frames=121: denoise 1"
+    ) as refused:
+        run("--vram", "4", "--height", "1024", "--width", "1536")
+    assert refused.value.exit_code == 4
+    hint = refused.value.hint.split(", or ")[0]
+    changed = dict(part.split("=") for part in hint.split(" and "))
+    size = {"height": "1024", "width": "1536", "num_frames": "121"} | changed
+    run("--vram", "4", *(f"--{name.replace('_', '-')}={value}" for name, value in size.items()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "--gpu and --vram are both missing"),
+        (("--gpu", "4060", "--vram", "8"), "both given"),
+        (("--gpu", "RTX 1"), "gpu='RTX 1' is not known"),
+        (("--vram", "-1"), "--vram=-1 is not a positive number"),
+        (("--gpu", "4060", "--disk", "0"), "--disk=0"),
+        (("--gpu", "4060", "--host-limit", "nan"), "--host-limit=nan"),
+        (("--gpu", "4060", "--model", "ltx-3"), "--model=ltx-3 is not known"),
+        (("--gpu", "4060", "--mode", "three"), "--mode=three is not known"),
+        (("--gpu", "4060", "--storage", "q4"), "storage='q4' is not known"),
+        (("--gpu", "4060", "--frames", "120"), "num_frames=120 is not 8k\\+1"),
+        (("--gpu", "4060", "--mode", "two-stage", "--height", "544"), "height=544 is not a multiple of 64"),
+    ],
+)
+def test_wrong_arguments_are_named(given: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as refused:
+        run(*given)
+    assert refused.value.hint
+
+
+def test_the_command_is_known_without_torch() -> None:
+    code = "import sys, diffsynth.cli.plan; sys.exit(any(n in sys.modules for n in ('torch', 'rich.table')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_committed_predictions_are_those_of_the_planner() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    committed = page[page.index(BEGIN) : page.index(END) + len(END)]
+    assert committed == table(), "python -m benchmarks.plan_table prints the new ones"

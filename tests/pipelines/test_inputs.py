@@ -1,0 +1,95 @@
+"""Objects that users hand over, and what the request records of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.errors import RequestError
+from diffsynth.pipelines.inputs import Inputs, inputs_by_path, load_inputs, name_of, request_fields
+from diffsynth.request import GenerateRequest
+from diffsynth.utils.audio import Waveform
+from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
+from tests.pipelines.tiny import PICTURES
+
+PICTURE = Image.new("RGB", (40, 30), (200, 30, 30))
+
+
+def test_names() -> None:
+    assert name_of("a.png") == "a.png"
+    assert name_of(Path("a.png")) == "a.png"
+    assert name_of(PICTURE) == "picture 40x30"
+    assert name_of([PICTURE] * 9) == "clip of 9 frames"
+    assert name_of(torch.zeros(2, 100)) == "sound of 100 samples"
+    assert name_of(Waveform(torch.zeros(2, 100), 24000)) == "sound of 100 samples at 24000 Hz"
+
+
+def test_a_request_holds_plain_values() -> None:
+    fields = request_fields(
+        {
+            "input_images": [PICTURE, Path("b.png")],
+            "input_images_indexes": [0, -1],
+            "input_images_strength": [1.0, 0.5],
+            "in_context_videos": [[PICTURE] * 9],
+            "retake_video": [PICTURE] * 9,
+            "retake_video_regions": [[0.0, 1.0]],
+            "retake_audio": torch.zeros(2, 5),
+            "retake_audio_regions": None,
+            "seed": None,
+        }
+    )
+    request = GenerateRequest(num_frames=9, **fields).validate()
+    assert request.input_images == ("picture 40x30", "b.png")
+    assert request.retake_video_regions == ((0.0, 1.0),)
+    assert GenerateRequest.from_dict(json.loads(request.to_json())) == request
+
+
+def clip(folder: Path, frames: int) -> Path:
+    rate = 24000
+    pictures = [Image.new("RGB", (64, 64), (i * 9, 0, 0)) for i in range(frames)]
+    return write_video_audio_ltx2(pictures, torch.zeros(2, rate), folder / "clip.mp4", 24, rate)
+
+
+def test_everything_is_read_from_its_path(tmp_path: Path) -> None:
+    file = clip(tmp_path, 9)
+    request = GenerateRequest(
+        num_frames=9,
+        input_images=(str(PICTURES[0]),),
+        in_context_videos=(str(file),),
+        retake_video=str(file),
+        retake_audio=str(file),
+    )
+    inputs = inputs_by_path(request.validate())
+    inputs.check(request)
+    assert [picture.mode for picture in inputs.images] == ["RGB"]
+    assert len(inputs.in_context_videos[0]) == 9
+    assert inputs.retake_video is not None
+    assert len(inputs.retake_video) == 9
+    assert inputs.retake_audio is not None
+    assert inputs.retake_audio.sampling_rate == 24000
+    with pytest.raises(RequestError, match="retake_video: the request names 1, 0 came with it"):
+        Inputs(images=inputs.images, in_context_videos=inputs.in_context_videos).check(request)
+
+
+def test_a_longer_reference_is_cut_and_a_shorter_clip_refused(tmp_path: Path) -> None:
+    file = clip(tmp_path, 13)
+    request = GenerateRequest(num_frames=9)
+    assert len(load_inputs(request, in_context_videos=[file]).in_context_videos[0]) == 9
+    with pytest.raises(RequestError, match=r"retake_video has 13 frames, num_frames is 25.*num_frames=9"):
+        load_inputs(GenerateRequest(num_frames=25), retake_video=file)
+    with pytest.raises(RequestError, match="in_context_videos holds a clip without frames"):
+        load_inputs(request, in_context_videos=[[]])
+
+
+def test_sounds() -> None:
+    request = GenerateRequest(audio_sample_rate=16000)
+    sound = load_inputs(request, retake_audio=torch.zeros(100, dtype=torch.float64)).retake_audio
+    assert sound is not None
+    assert (sound.samples.shape, sound.samples.dtype) == ((1, 100), torch.float32)
+    assert sound.sampling_rate == 16000
+    with pytest.raises(RequestError, match="retake_audio"):
+        load_inputs(request, retake_audio=torch.zeros(1, 2, 100))
+    with pytest.raises(RequestError, match=r"retake_audio=nowhere\.wav"):
+        load_inputs(request, retake_audio="nowhere.wav")

@@ -1,0 +1,69 @@
+"""Every golden case of the repository, and the runner that runs them."""
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.golden.__main__ import main
+from tests.runners import collect, run
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = list(collect([FOLDER]))
+DUE = {
+    "official_one_stage_t2v",
+    "official_one_stage_i2v",
+    "official_one_stage_i2v__v1.2.0",
+    "official_two_stages_t2v",
+    "official_distilled_i2v",
+    "official_distilled_i2v__v1.2.0",
+    "official_contexts",
+    "diffsynth_one_stage_t2v",
+    "diffsynth_one_stage_i2v",
+    "diffsynth_two_stage_t2v",
+    "diffsynth_distilled_i2v",
+}
+"""Pipeline runs that may not be put off."""
+
+
+@pytest.mark.parametrize("path", CASES, ids=[str(case.relative_to(FOLDER)) for case in CASES])
+def test_case(path: Path) -> None:
+    outcome = run(path)
+    assert outcome.status in {"passed", "later"}, f"{outcome.line()}\n{outcome.details(only_failures=True)}"
+    if outcome.status == "later":
+        assert path.parent.name == "expected"
+        assert outcome.message
+        assert path.stem not in DUE
+    else:
+        assert outcome.comparisons
+
+
+def test_no_case_is_forgotten() -> None:
+    assert {case.stem for case in CASES} >= DUE
+    folders = {case.relative_to(FOLDER).parts[0] for case in CASES}
+    assert folders >= {"transformer", "text", "video_vae", "audio", "upsampler", "sampling", "pipelines"}
+
+
+def test_a_wrong_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = FOLDER / "sampling" / "euler.safetensors"
+    with safe_open(good, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    name = next(key for key in tensors if key.startswith("out/") and tensors[key].is_floating_point())
+    tensors[name].view(-1)[0] += 1e-2
+    bad = tmp_path / "euler.safetensors"
+    save_file(tensors, bad, metadata)
+    assert main([str(good), str(bad)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 passed, 1 failed, 0 later" in printed
+    assert name in printed
+    assert main([str(good)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed, 0 later"
+
+
+def test_a_case_of_an_unknown_component_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = tmp_path / "new.json"
+    case.write_text('{"component": "something new"}', encoding="utf-8")
+    assert main([str(case)]) == 1
+    assert "no runner knows" in capsys.readouterr().out
