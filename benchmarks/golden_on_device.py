@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from diffsynth.device import resolve_device
+from diffsynth.device import exact_float32, resolve_device
 from tests.runners.case import Case
 from tests.runners.registry import RUNNERS, collect, identify
 
@@ -41,7 +41,7 @@ def measure(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, A
     module, _, function = RUNNERS[case.component].partition(":")
     row: dict[str, Any] = {"case": str(path.relative_to(path.parents[1])), "dtype": str(dtype)}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             getattr(import_module(f"tests.runners.{module}"), function)(case)
     except Exception as error:
         return row | {"failed": f"{type(error).__name__}: {error}"}

@@ -21,6 +21,7 @@ from diffsynth.device import (
     backend_for,
     best_device,
     capabilities,
+    exact_float32,
     host_memory,
     is_out_of_memory,
     register_backend,
@@ -412,3 +413,12 @@ def test_cuda_does_what_it_claims(cuda: Backend) -> None:
     if able.int8_arithmetic:
         b = torch.ones(32, 32, dtype=torch.int8, device=device)
         assert torch._int_mm(b, b)[0, 0].item() == 32
+
+
+def test_exact_float32_is_in_force_inside_only() -> None:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    with pytest.raises(KeyError), exact_float32():
+        assert conv.fp32_precision == "ieee"
+        raise KeyError
+    assert conv.fp32_precision == before

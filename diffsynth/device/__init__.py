@@ -13,7 +13,9 @@ installed and looked for.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,6 +36,7 @@ __all__ = [
     "backend_for",
     "best_device",
     "capabilities",
+    "exact_float32",
     "host_memory",
     "is_out_of_memory",
     "register_backend",
@@ -132,6 +135,24 @@ def capabilities(device: str | torch.device) -> Capabilities:
         RequestError: as :func:`resolve_device`.
     """
     return backend_for(device).capabilities
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Inside, float32 convolutions and products on CUDA keep their whole mantissa.
+
+    By default convolutions take the shorter TF32 one, whose error adds up along the hundred convolutions of a
+    vocoder.  The setting is the process's own and comes back afterwards.
+    """
+    settings: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def is_out_of_memory(error: BaseException) -> bool:

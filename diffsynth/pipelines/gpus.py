@@ -13,7 +13,6 @@ Usable memory: a driver and a desktop take part of a card, more on a larger one.
 
 from dataclasses import dataclass
 
-from diffsynth.device.host import PINNED_SHARE_OF_RAM
 from diffsynth.errors import RequestError
 from diffsynth.vram.planner import GB, Budget
 
@@ -21,6 +20,8 @@ DISK_GB_PER_S = 3.5
 """A common NVMe drive, large reads."""
 RESERVE_GB = 0.5
 """Device context and handles of the matrix and convolution libraries."""
+PINNED_SHARE = 0.5
+"""Of host memory that Linux lets a process page-lock; a prediction does not depend on where it is made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class GpuClass:
             disk_bytes_per_s=disk_gb_per_s * 1e9,
             tflops=self.tflops,
             reserve_bytes=int(RESERVE_GB * GB),
-            pin_limit_bytes=0 if host is None else int(host * PINNED_SHARE_OF_RAM),
+            pin_limit_bytes=0 if host is None else int(host * PINNED_SHARE),
         )
 
 

@@ -22,6 +22,7 @@ from diffsynth.conditioning.items import (
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext, contexts_from_features, prompt_features
 from diffsynth.conditioning.tokens import video_latent_shape
+from diffsynth.device import exact_float32
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
 from diffsynth.models.ltx2.tiling import TileConfig, decode_plan
@@ -378,7 +379,7 @@ class DecodeAudio:
             return
         state.report("decode audio", 0, 1)
         latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
-        with parts.memory.phase("decode audio"):
+        with parts.memory.phase("decode audio"), exact_float32():
             samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
         state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
         state.report("decode audio", 1, 1)

@@ -41,12 +41,18 @@ def contents_of(layout: BlockLayout, views: Views) -> Contents:
 class BlockBinding:
     """Puts the tensors of one block into a module and takes them out again."""
 
-    def __init__(self, module: nn.Module, name: str, layout: BlockLayout) -> None:
+    def __init__(self, module: nn.Module, name: str, layout: BlockLayout, *, decodes: bool = True) -> None:
         """Find the place of every entry.
 
+        Args:
+            module: the network.
+            name: of the block.
+            layout: of the block.
+            decodes: whether weights of linear layers may need decoding.
+
         Raises:
-            CheckpointError: a tensor has no place in the module, another shape there, or is stored in a
-                format that only weights of linear layers may have.
+            CheckpointError: a tensor has another shape in the module, or is stored in a format that it
+                cannot be used from.
         """
         self.name = name
         self.decoded: list[tuple[int, Entry, str]] = []
@@ -66,13 +72,14 @@ class BlockBinding:
                     f"{tuple(absent.shape)}",
                     hint=_HINT,
                 )
-            if isinstance(owner, nn.Linear) and key == "weight" and needs_decoding(entry):
+            linear_weight = isinstance(owner, nn.Linear) and key == "weight"
+            if decodes and linear_weight and needs_decoding(entry):
                 self.decoded.append((number, entry, owner_name))
                 continue
-            if entry.format not in AS_IS:
+            if entry.format not in AS_IS or (linear_weight and needs_decoding(entry)):
                 raise CheckpointError(
                     f"block {name!r}: {entry.name} is stored as {entry.format}, which only weights of "
-                    "linear layers can be",
+                    "linear layers on the device can be",
                     hint=_HINT,
                 )
             self._direct.append((number, store, key))

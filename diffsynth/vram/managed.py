@@ -77,13 +77,10 @@ class ManagedModule:
         empty_module(module)
         layouts = {name: source.layout(name) for name in (*blocks, *self._rest, *host)}
         check_complete(module, layouts, left_out, blocks)
-        self._bindings = {name: BlockBinding(module, name, layout) for name, layout in layouts.items()}
-        for name in host:
-            if self._bindings[name].decoded:
-                raise CheckpointError(
-                    f"block {name!r} stays on the host, where nothing is decoded",
-                    hint="store it in the dtype that it is used in",
-                )
+        self._bindings = {
+            name: BlockBinding(module, name, layout, decodes=name not in self._host)
+            for name, layout in layouts.items()
+        }
         self._calls: dict[str, LinearCall] = {}
         for binding in self._bindings.values():
             for _, _, layer in binding.decoded:

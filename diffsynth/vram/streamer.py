@@ -94,18 +94,10 @@ class Streamer(Generic[T]):
             torch.OutOfMemoryError: or what the backend raises when memory does not suffice; nothing stays
                 allocated.
         """
-        unknown = set(residents) - set(blocks)
-        if slots < 0 or unknown:
-            raise ValueError(f"slots={slots}, residents that are no blocks: {sorted(unknown)}")
-        streamed = [name for name in blocks if name not in residents]
-        if slots >= len(streamed):
-            streamed = []
         self._backend = backend
         self._source = source
         self._prepare = prepare
         self._label = label
-        self._first = blocks[0] if blocks else ""
-        self._streamed = streamed if slots else []
         self._resident: dict[str, T] = {}
         self._queue: deque[_Slot[T]] = deque()
         self._copy_stream = backend.copy_stream()
@@ -114,17 +106,7 @@ class Streamer(Generic[T]):
         self._disk_before = source.bytes_from_disk
         self._device_bytes = 0
         self._closed = False
-        waiting = set(streamed)
-        self.residents = tuple(name for name in blocks if name not in waiting)
-        """Blocks that stay, in the order of use."""
-        distinct: dict[Hashable, BlockLayout] = {}
-        for name in self._streamed:
-            distinct.setdefault(_structure(source.layout(name)), source.layout(name))
-        self._layouts = list(distinct.values())
-        numbers = {structure: number for number, structure in enumerate(distinct)}
-        self._number = {name: numbers[_structure(source.layout(name))] for name in self._streamed}
-        self._nbytes = {name: source.layout(name).nbytes for name in blocks}
-        self._after = dict(zip(self._streamed, [*self._streamed[1:], *self._streamed[:1]], strict=True))
+        self._arrange(blocks, slots, residents)
         try:
             with torch.inference_mode(False):  # its tensors could not be written to outside of that mode
                 self._open(slots)
@@ -207,6 +189,29 @@ class Streamer(Generic[T]):
         self.close()
 
     # -- inside ---------------------------------------------------------------------------------------
+
+    def _arrange(self, blocks: Sequence[str], slots: int, residents: Collection[str]) -> None:
+        """Decide which blocks stay, and make the tables that streaming looks things up in."""
+        unknown = set(residents) - set(blocks)
+        if slots < 0 or unknown:
+            raise ValueError(f"slots={slots}, residents that are no blocks: {sorted(unknown)}")
+        moving = [name for name in blocks if name not in residents]
+        if slots >= len(moving):
+            moving = []
+        staying = set(blocks) - set(moving)
+        self.residents = tuple(name for name in blocks if name in staying)
+        """Blocks that stay, in the order of use."""
+        self._first = blocks[0] if blocks else ""
+        self._streamed = moving if slots else []
+        self._after = dict(zip(self._streamed, [*self._streamed[1:], *self._streamed[:1]], strict=True))
+        layouts = {name: self._source.layout(name) for name in blocks}
+        self._nbytes = {name: layout.nbytes for name, layout in layouts.items()}
+        distinct: dict[Hashable, BlockLayout] = {}
+        for name in self._streamed:
+            distinct.setdefault(_structure(layouts[name]), layouts[name])
+        self._layouts = list(distinct.values())
+        numbers = {structure: number for number, structure in enumerate(distinct)}
+        self._number = {name: numbers[_structure(layouts[name])] for name in self._streamed}
 
     def _open(self, slots: int) -> None:
         """Allocate everything, then load the residents and begin to fill the slots."""

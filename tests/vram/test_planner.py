@@ -234,8 +234,9 @@ def test_what_host_memory_does_not_hold_comes_from_the_disk() -> None:
     assert numbers(found.ram_blocks) == list(spread(4, 10))
     assert found.disk_bytes_per_traversal == 600 * MB
     assert found.peak_host_bytes == limits.host_bytes
-    nothing = one(demand(), replace(limits, host_bytes=HOST_BASE + RING_BUFFERS * 100 * MB))
-    assert nothing.ram_blocks == ()
+    for missing, kept in ((1, 3), (400 * MB, 0)):
+        less = one(demand(), replace(limits, host_bytes=found.peak_host_bytes - missing))
+        assert len(less.ram_blocks) == kept
 
 
 def test_residents_need_no_host_memory() -> None:
