@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: the tiny model set loaded once, and laid out as downloads would be."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,14 +11,26 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffsynth.loader import SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
+from diffsynth.vram.cache import FOLDER_VARIABLE
 from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3
 
 # Time limits of single examples fail on machines that are busy with something else.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
+# A shell that starts the tests in the background has them ignore Ctrl-C; some of them press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 LTX_2_ID = "Lightricks/LTX-2"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted weights and the like of all tests, subprocesses included: never in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 
 REPLACED = {
     '"cuda"': '"cpu"',
-    'torch.cuda.mem_get_info("cpu")[1] / (1024 ** 3) - 0.5': "7.5",
+    'torch.cuda.mem_get_info("cpu")[1] / (1024**3) - 0.5': "7.5",
     "height=512": "height=64",
     "width=768": "width=96",
     "num_frames=121": "num_frames=9",

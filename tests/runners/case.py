@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-FLOAT32_ALWAYS = re.compile(r"positions|sigma|timestep|mask|bias$|rope|waveform|per_channel_statistics")
+FLOAT32_ALWAYS = re.compile(r"positions|sigma|timestep|mask|rope|waveform|per_channel_statistics")
 """Inputs that stay float32 whatever the networks compute in."""
 
 
@@ -85,8 +85,11 @@ class Case:
         for key, tensor in tensors.items():
             if key.startswith(("weights/", "in")):
                 keeps = not tensor.is_floating_point() or FLOAT32_ALWAYS.search(key)
-                wanted = None if keeps else dtype
-                tensors[key] = tensor.to(device=device, dtype=wanted)
+                if dtype is not None and not keeps:
+                    # A bias of -float32.max would round to -inf in bfloat16.
+                    limits = torch.finfo(dtype)
+                    tensor = tensor.clamp(limits.min, limits.max).to(dtype)
+                tensors[key] = tensor.to(device)
         case = cls(path, meta, tensors)
         case.dtype = dtype or torch.float32
         return case

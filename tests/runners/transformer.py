@@ -175,7 +175,7 @@ def block(case: Case) -> None:
     state = PassState(
         video=prepared_stream(given, "video", config),
         audio=prepared_stream(given, "audio", config),
-        skips=Skips(None, 0, torch.device("cpu")),
+        skips=Skips(None, 0, next(iter(given.values())).device),
     )
     seen = BlockRecorder(network, state).seen
     network([state])
@@ -221,7 +221,7 @@ def prepared_stream(given: dict[str, Tensor], stream: str, config: TransformerCo
 def per_token(flat: Tensor, width: int) -> Modulation:
     """The recorded plain form (B, T or 1, K*D) as rows with an index."""
     batch, tokens, _ = flat.shape
-    index = torch.arange(batch * tokens).view(batch, tokens)
+    index = torch.arange(batch * tokens, device=flat.device).view(batch, tokens)
     return Modulation(flat.reshape(batch * tokens, -1, width), index if tokens > 1 else None)
 
 
@@ -275,7 +275,7 @@ def check_tagged(case: Case, network: LTX2Transformer, inputs: dict[str, Tensor]
             name = f"out/{tag}/{stream}_velocity"
             if name in case:
                 assert velocity is not None and velocity.dtype is dtype
-                error = (velocity.float() - case[name]).abs().mean()
+                error = (velocity.cpu().float() - case[name]).abs().mean()
                 case.compare(name, error, torch.zeros(()), limit)
 
 
