@@ -144,7 +144,8 @@ def exact_float32() -> Iterator[None]:
     By default convolutions take the shorter TF32 one, whose error adds up along the hundred convolutions of a
     vocoder.  The setting is the process's own and comes back afterwards.
     """
-    settings: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn  # its type hints lack `conv`
+    settings: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
