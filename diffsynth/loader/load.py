@@ -81,6 +81,24 @@ class NetworkWeights:
         return self.files.read(key, None if as_stored else dtype, device)
 
 
+    def is_scaled_float8(self, name: str) -> bool:
+        """Whether the file stores the parameter as float8 e4m3 with a factor, as official fp8 files do."""
+        key, scale_key = self.entries[name]
+        return scale_key is not None and self.files.dtypes[key] == "F8_E4M3"
+
+    def read_scaled(self, name: str) -> tuple[Tensor, Tensor]:
+        """The stored values and their factors (float32, one or one per output row), unconverted.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+            ValueError: the parameter has no factor.
+        """
+        key, scale_key = self.entries[name]
+        if scale_key is None:
+            raise ValueError(f"{name} is stored without a factor")
+        return self.files.read(key, None), _factors(self.files, key, scale_key)
+
+
 def load_network(
     kind: NetworkKind,
     files: WeightFiles,
@@ -236,16 +254,22 @@ def _dequantise(
     files: WeightFiles, key: str, scale_key: str, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """``weight * scale`` with one factor, or one per output row."""
+    factors = _factors(files, key, scale_key)
+    result = torch.empty(files.shapes[key], dtype=dtype, device=device)
+    for rows, piece in files.pieces(key):
+        result[rows].copy_(piece.float() * (factors[rows] if factors.ndim else factors))
+    return result
+
+
+def _factors(files: WeightFiles, key: str, scale_key: str) -> Tensor:
+    """The scale of a weight in float32: without dimensions, or one per output row, shaped (out, 1, ...)."""
     scale = files.read(scale_key, torch.float32)
     shape = files.shapes[key]
-    per_row = scale.numel() > 1
-    if per_row and (scale.numel() != shape[0] or scale.shape[0] != shape[0]):
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if scale.numel() != shape[0] or scale.shape[0] != shape[0]:
         raise CheckpointError(
             f"{files.name}: {scale_key} {list(scale.shape)} does not fit the weight {list(shape)}",
             hint="use the bf16 file of the same model",
         )
-    factors = scale.reshape(-1, *[1] * (len(shape) - 1)) if per_row else scale.reshape(())
-    result = torch.empty(shape, dtype=dtype, device=device)
-    for rows, piece in files.pieces(key):
-        result[rows].copy_(piece.float() * (factors[rows] if per_row else factors))
-    return result
+    return scale.reshape(-1, *[1] * (len(shape) - 1))

@@ -275,7 +275,7 @@ def check_tagged(case: Case, network: LTX2Transformer, inputs: dict[str, Tensor]
             name = f"out/{tag}/{stream}_velocity"
             if name in case:
                 assert velocity is not None and velocity.dtype is dtype
-                error = (velocity.cpu().float() - case[name]).abs().mean()
+                error = (velocity.cpu().float() - case[name].cpu()).abs().mean()
                 case.compare(name, error, torch.zeros(()), limit)
 
 
