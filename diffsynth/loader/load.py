@@ -80,7 +80,6 @@ class NetworkWeights:
         as_stored = not floating or (keep_float32 and stored == "F32")
         return self.files.read(key, None if as_stored else dtype, device)
 
-
     def is_scaled_float8(self, name: str) -> bool:
         """Whether the file stores the parameter as float8 e4m3 with a factor, as official fp8 files do."""
         key, scale_key = self.entries[name]
