@@ -15,12 +15,16 @@ import typer
 
 from diffsynth.cli.app import app
 from diffsynth.cli.options import parse_request
+from diffsynth.pipelines.limits import VRAMPreset
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
+from diffsynth.pipelines.storage import NAMES
 from diffsynth.utils.media_io_ltx2 import read_request
+from diffsynth.vram.formats import StorageFormat, decode, encode, stored_bytes
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "ltx2" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "ltx2" / "README.md", ROOT / "docs" / "vram.md"]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
+VRAM = DOCUMENTS[2].read_text(encoding="utf-8")
 
 REPLACED = {
     '"cuda"': '"cpu"',
@@ -57,6 +61,47 @@ def test_quick_start(downloaded: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert record["request"]["seed"] == 43
 
 
+def test_memory_snippet(
+    downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snippet,) = blocks(VRAM, "python")
+    for old, new in REPLACED.items():
+        snippet = snippet.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "vram.md", "exec"), names)
+    assert len(names["video"]) == 9
+    shown = capsys.readouterr().out
+    for phase in ("text", "connectors", "denoise 1", "decode video", "decode audio"):
+        assert phase in shown
+    assert not list(tmp_path.iterdir())
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of the table that begins with ``header``, without its first two lines."""
+    table = text[text.index(header) :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_presets_are_those_of_the_code() -> None:
+    shown = {cells[0].strip("`"): cells[1:] for cells in rows(VRAM, "| preset |")}
+    assert shown == {preset.value: [f"{preset.limit_gb:.1f} GB", preset.storage] for preset in VRAMPreset}
+
+
+def test_storage_formats_are_those_of_the_code() -> None:
+    """Names and bits; errors as the benchmark measured them, to a tenth of their size."""
+    shown = {cells[0]: cells[1:4] for cells in rows(VRAM, "| format |")}
+    assert shown.keys() == set(NAMES) - {"f32"}
+    weight = torch.randn(256, 2048, generator=torch.Generator().manual_seed(3)) * 0.01
+    for name, (bits, gaussian, _) in shown.items():
+        format = StorageFormat(name)
+        assert f"{8 * stored_bytes(format, (2048, 2048)) / 2048**2:.2f}" == bits
+        if "to" not in gaussian:
+            stored = decode(encode(weight, format), format, weight.shape, torch.float32)
+            error = (stored - weight).norm() / weight.norm()
+            assert 100 * float(error) == pytest.approx(float(gaussian.removesuffix(" %")), rel=0.1, abs=0.006)
+
+
 def commands() -> Iterator[list[str]]:
     """Every call of ``diffsynth`` in the documents, comments taken off."""
     for document in DOCUMENTS:
@@ -79,7 +124,7 @@ def test_shell_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pyt
 
 
 def test_there_are_shell_commands() -> None:
-    assert {words[0] for words in commands()} == {"generate", "inspect"}
+    assert {words[0] for words in commands()} == {"cache", "decode", "generate", "inspect", "plan"}
 
 
 def test_options_and_arguments_in_the_text_exist() -> None:

@@ -1,6 +1,7 @@
 """Commands, and the one place where an error becomes a message and an exit code."""
 
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Annotated
 import typer
 
 from diffsynth import __version__
+from diffsynth.cli import machine
+from diffsynth.cli.cache import cache_app
 from diffsynth.cli.options import parse_request, request_options
+from diffsynth.cli.plan import plan
 from diffsynth.errors import Cancelled, DiffSynthError
 
 UNEXPECTED = 1
@@ -22,9 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(plan)
+app.add_typer(cache_app)
 
 MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging Face)"
-RUN = "Running"
+RUN = machine.RUN
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,16 +80,14 @@ def generate(
         list[str] | None,
         typer.Option(help="LoRA, FILE or FILE=STRENGTH (1.0); repeat", rich_help_panel=MODELS),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, npu, mps or cpu; the best one if left out", rich_help_panel=RUN)
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="arithmetic: bfloat16, float16 or float32", rich_help_panel=RUN)
-    ] = "bfloat16",
-    vram_limit: Annotated[
-        float | None, typer.Option(help="device memory to stay under, in GB", rich_help_panel=RUN)
-    ] = None,
-    quiet: Annotated[bool, typer.Option(help="no progress", rich_help_panel=RUN)] = False,
+    device: machine.Device = None,
+    dtype: machine.Dtype = machine.DEFAULT_DTYPE,
+    vram_limit: machine.VramLimit = None,
+    host_limit: machine.HostLimit = None,
+    storage: machine.Storage = None,
+    cache: machine.Cache = True,
+    stats: machine.Stats = False,
+    quiet: machine.Quiet = False,
     **request: object,
 ) -> None:
     """Make a video with sound and write it as mp4; the whole request is kept in its metadata."""
@@ -98,12 +102,39 @@ def generate(
             upsampler=upsampler,
             distilled_lora=distilled_lora,
             loras=tuple(lora or ()),
-            device=device,
-            dtype=dtype,
-            vram_limit=vram_limit,
+            machine=machine.MachineOptions.of(device, dtype, vram_limit, host_limit, storage, cache),
         )
-        run(request=checked, models=models, output=output, quiet=quiet)
+        run(request=checked, models=models, output=output, quiet=quiet, stats=stats)
     except KeyboardInterrupt as error:  # typer would end without a word
+        raise Cancelled("cancelled; nothing half-written was left") from error
+
+
+@app.command()
+def decode(
+    latents: Annotated[Path, typer.Argument(help="file that a run named when it was stopped while decoding")],
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(help="the checkpoint of that run, or its repackaged decoders", rich_help_panel=MODELS),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="the mp4 to write", rich_help_panel=RUN)
+    ] = Path("video.mp4"),
+    device: machine.Device = None,
+    dtype: machine.Dtype = machine.DEFAULT_DTYPE,
+    vram_limit: machine.VramLimit = None,
+    host_limit: machine.HostLimit = None,
+    storage: machine.Storage = None,
+    cache: machine.Cache = True,
+    stats: machine.Stats = False,
+    quiet: machine.Quiet = False,
+) -> None:
+    """Decode the latents of a run that was stopped at its end; a small --vram-limit makes small tiles."""
+    try:
+        from diffsynth.cli.decode import run
+
+        options = machine.MachineOptions.of(device, dtype, vram_limit, host_limit, storage, cache)
+        run(latents, checkpoint=checkpoint, machine=options, output=output, quiet=quiet, stats=stats)
+    except KeyboardInterrupt as error:
         raise Cancelled("cancelled; nothing half-written was left") from error
 
 
@@ -121,6 +152,9 @@ def inspect(
 def main() -> None:
     """Entry point: run a command, print an error as message and hint, exit with the code of its kind."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if sys.platform == "linux":
+        # Plans go to the edge of the budget; memory in fixed segments would leave gaps there.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=True)

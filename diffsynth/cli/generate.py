@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffsynth.errors import RequestError
+from diffsynth.cli.machine import MachineOptions
+from diffsynth.cli.stats import show_stats
+from diffsynth.device import is_out_of_memory
+from diffsynth.errors import MemoryBudgetError, RequestError
 from diffsynth.pipelines.inputs import inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.pipelines.rescue import FinalLatents, keep, way_out
+from diffsynth.pipelines.result import Result
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.media_io_ltx2 import check_output_path, write_video_audio_ltx2
 
@@ -39,12 +45,12 @@ class ModelOptions:
     upsampler: str | None
     distilled_lora: str | None
     loras: tuple[str, ...]
-    device: str | None
-    dtype: str
-    vram_limit: float | None
+    machine: MachineOptions
 
 
-def run(*, request: GenerateRequest, models: ModelOptions, output: Path, quiet: bool) -> None:
+def run(
+    *, request: GenerateRequest, models: ModelOptions, output: Path, quiet: bool, stats: bool = False
+) -> None:
     """Generate and write; nothing is left at ``output`` unless it is complete.
 
     Raises:
@@ -58,11 +64,57 @@ def run(*, request: GenerateRequest, models: ModelOptions, output: Path, quiet: 
     check_output_path(output)
     inputs = inputs_by_path(request)
     pipe = load_pipeline(models, request)
-    with phases(quiet) as on_progress:
+    with out_of_memory_told(), phases(quiet) as on_progress:
         result = pipe.generate(request, inputs, on_progress)
+    write(result, output)
+    if stats:
+        show_stats(pipe.memory_report())
+
+
+def write(result: Result, output: Path) -> None:
+    """Write the mp4; if that fails, the latents are kept.
+
+    Raises:
+        OutputError: the folder is not writable or the disk is full.
+    """
     assert result.frames is not None
-    write_video_audio_ltx2(result.frames, result.waveform, output)
+    try:
+        write_video_audio_ltx2(result.frames, result.waveform, output)
+    except BaseException:
+        path = keep(FinalLatents.of(result))
+        if path is not None:
+            logger.error("%s", way_out(path, result.record))
+        raise
     logger.info("%s (seed %s)", output, result.request.seed)
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Say what to do when the device has too little memory.
+
+    Raises:
+        MemoryBudgetError: instead of what the device's library raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"the device ran out of memory: {str(error).splitlines()[0]}",
+            hint="--vram-limit auto, a smaller --vram-limit, or fewer --frames",
+        ) from error
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A floating dtype.
+
+    Raises:
+        RequestError: no such name.
+    """
+    if name not in _DTYPES:
+        raise RequestError(f"--dtype={name} is not known", hint=", ".join(_DTYPES))
+    return _DTYPES[name]
 
 
 def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVideoPipeline:
@@ -77,19 +129,22 @@ def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVi
             "--checkpoint is missing",
             hint="--checkpoint FILE, or --checkpoint Lightricks/LTX-2:ltx-2-19b-dev.safetensors",
         )
-    if models.dtype not in _DTYPES:
-        raise RequestError(f"--dtype={models.dtype} is not known", hint=", ".join(_DTYPES))
+    machine = models.machine
+    dtype = dtype_named(machine.dtype)
     files = [*models.checkpoint, models.gemma, *([models.upsampler] if models.upsampler else [])]
     lora, strength = _with_strength(models.distilled_lora, 0.8) if models.distilled_lora else (None, 0.8)
     loras = [_with_strength(name, 1.0) for name in models.loras]
     return LTX2AudioVideoPipeline.from_pretrained(
-        torch_dtype=_DTYPES[models.dtype],
-        device=models.device,
+        torch_dtype=dtype,
+        device=machine.device,
         model_configs=[model_config(name) for name in files],
         tokenizer_config=_tokenizer(models.gemma),
         stage2_lora_config=model_config(lora) if lora else None,
         stage2_lora_strength=strength,
-        vram_limit=models.vram_limit,
+        vram_limit=machine.vram_limit,
+        host_limit=machine.host_limit,
+        storage=machine.storage,
+        cache=machine.cache,
         loras=[(model_config(file), alpha) for file, alpha in loras],
         request=request,
     )
@@ -119,7 +174,8 @@ def phases(quiet: bool) -> Iterator[OnProgress]:
             bar.close()
 
     try:
-        yield ignore if quiet else show
+        with logging_redirect_tqdm():  # a line of the log would end up in the middle of a bar
+            yield ignore if quiet else show
     finally:
         if bar is not None:
             bar.close()

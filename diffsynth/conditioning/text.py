@@ -70,9 +70,7 @@ class PromptTokenizer:
 
         A longer prompt loses its end, and a warning is logged.
         """
-        ids = [int(i) for i in self.tokenizer(text.strip(), verbose=False)["input_ids"]]
-        if not ids or ids[0] != self._bos_id:
-            ids = [self._bos_id, *ids]
+        ids = self._ids(text)
         if len(ids) > max_length:
             logger.warning(
                 "the prompt has %d tokens; the last %d are cut off, the model reads %d",
@@ -82,11 +80,19 @@ class PromptTokenizer:
             )
         return ids[:max_length]
 
+    def count(self, text: str, max_length: int = CONTEXT_LENGTH) -> int:
+        """How many ids :meth:`encode` gives; nothing is logged."""
+        return min(len(self._ids(text)), max_length)
+
     def encode_padded(self, text: str, max_length: int = CONTEXT_LENGTH) -> tuple[list[int], list[int]]:
         """Ids padded on the left to ``max_length``, and their attention mask (1 = valid)."""
         ids = self.encode(text, max_length)
         num_pad = max_length - len(ids)
         return [self._pad_id] * num_pad + ids, [0] * num_pad + [1] * len(ids)
+
+    def _ids(self, text: str) -> list[int]:
+        ids = [int(i) for i in self.tokenizer(text.strip(), verbose=False)["input_ids"]]
+        return ids if ids and ids[0] == self._bos_id else [self._bos_id, *ids]
 
 
 def find_tokenizer(folder: Path) -> Path:

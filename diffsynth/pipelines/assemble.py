@@ -1,9 +1,10 @@
 """From model configurations to the parts of a pipeline: open, recognise, check that all fit, load."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,11 @@ class OpenedModels:
     """Network -> the configuration that named its file."""
     version: ModelVersion
     tokenizer: PromptTokenizer | None
+
+    def only(self, names: Collection[str]) -> Self:
+        """Without the networks whose public names are not among ``names``."""
+        kept = {kind: weights for kind, weights in self.networks.items() if PART_OF[kind] in names}
+        return replace(self, networks=kept)
 
     def outline(self, device: torch.device, dtype: torch.dtype) -> Assembly:
         """The parts without weights, on the meta device: enough to check a request or a LoRA against."""

@@ -6,8 +6,10 @@ libraries and allocators take beside tensors: 15 % with matrix products (fragmen
 with convolutions, whose libraries want workspaces; tiles are verified on the first one at run time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TypeAlias
 
 from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.conditioning.tokens import audio_latent_frames, video_latent_shape
@@ -23,6 +25,7 @@ from diffsynth.pipelines.storage import Storage
 from diffsynth.pipelines.tiles import decode_choices, encode_choices
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.guidance import PassKind, guidance_passes
+from diffsynth.vram.binding import REST
 from diffsynth.vram.planner import Block, Choice, PhaseDemand
 
 DISTILLED_LORA_RANK = 384
@@ -31,6 +34,33 @@ MATRIX_WORKSPACE = 0.15
 CONVOLUTION_WORKSPACE = 0.9
 """The same with convolutions: published peaks are 1.9 times the live tensors."""
 MEL_PER_LATENT = 4
+FLOAT32 = 4
+SCRAP_BYTES = 1024
+"""Scalars, indices and tables whose size depends on nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSize:
+    """The LoRAs of one stage, all together.
+
+    Attributes:
+        rank: the sum of their ranks.
+        nbytes: by block of the transformer the packed bytes of what travels with it; under
+            :data:`~diffsynth.vram.binding.REST` what belongs to layers outside the blocks.
+    """
+
+    rank: int = 0
+    nbytes: Mapping[str, int] = field(default_factory=dict)
+
+
+Loras: TypeAlias = bool | int | Mapping[int, LoraSize]
+"""Rank of the user's LoRAs, all together, on every layer of every block, True for 384; the distilled LoRA
+that two stages of a dev checkpoint need is counted without being asked for.  Or, where the files are known,
+the sizes by number of the stage, the distilled LoRA included; a stage that is not named has none."""
+
+Prompts: TypeAlias = bool | Sequence[int]
+"""Whether prompts have to be encoded: as many as the request needs, of the longest length there is; False
+when their encodings are known.  Or the tokens of those that have to be."""
 
 
 def demands_for(
@@ -38,9 +68,9 @@ def demands_for(
     version: ModelVersion,
     *,
     storage: Storage | str,
-    lora: bool | int = False,
+    lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
-    text: bool = True,
+    text: Prompts = True,
 ) -> tuple[PhaseDemand, ...]:
     """The phases of a request in their order.
 
@@ -48,10 +78,9 @@ def demands_for(
         request: it need not be valid in everything, but its sizes must be.
         version: "2.0" or "2.3".
         storage: how weights are stored; unused when ``parts`` are sizes, which were measured with one.
-        lora: rank of the user's LoRAs, all together; True for 384.  The distilled LoRA that two stages of a
-            dev checkpoint need is counted without being asked for.
+        lora: see :data:`Loras`.
         parts: networks of a pipeline, or their sizes; None: those of the released checkpoint.
-        text: whether prompts have to be encoded; False when their encodings are known.
+        text: see :data:`Prompts`.
 
     Returns:
         Named ``text``, ``connectors``, ``encode audio``, ``encode inputs N``, ``denoise N``, ``upsample``,
@@ -65,24 +94,81 @@ def demands_for(
 
 
 def phases(
-    request: GenerateRequest, sizes: ModelSizes, *, lora: bool | int = False, text: bool = True
+    request: GenerateRequest, sizes: ModelSizes, *, lora: Loras = False, text: Prompts = True
 ) -> Iterator[PhaseDemand]:
     """What :func:`demands_for` returns, one by one: whoever looks for one that does not fit need not wait."""
+    if text is True:
+        text = (CONTEXT_LENGTH,) * (2 if guided(request) else 1)
+    held = _statistics_bytes(sizes)
     if text:
-        yield from _text_phases(request, sizes)
+        yield from (_holding(demand, held) for demand in _text_phases(text, sizes))
     if request.retake_audio is not None and sizes.has("audio_vae_encoder"):
-        yield _encode_audio(request, sizes)
-    for stage in plan_stages(request, sizes.version):
+        yield _holding(_encode_audio(request, sizes), held)
+    stages = plan_stages(request, sizes.version)
+    sound = _audio_latent_bytes(request, sizes)
+    for stage in stages:
+        given = _given_bytes(request, stage, sizes)
+        made = sound + _latent_bytes(request, stage, sizes) if stage.number > 1 else 0
         if stage.number > 1 and sizes.has("upsampler"):
-            yield _upsample(request, sizes)
+            beside = sound + _second_copy(request, stages[0], sizes)
+            yield _holding(_upsample(request, sizes), held + beside)
         if sizes.has("video_vae_encoder"):
-            yield from _encode_inputs(request, stage, sizes)
+            encodings = _encode_inputs(request, stage, sizes)
+            yield from (_holding(demand, held + made + given) for demand in encodings)
         if sizes.has("dit"):
-            yield _denoise(request, stage, sizes, _lora_rank(request, stage, lora))
+            lora_size = _lora_size(request, stage, sizes, lora)
+            # What is given makes a new clean latent of the one that was there, which stays as well.
+            before = made + given if given else 0
+            yield _holding(_denoise(request, stage, sizes, lora_size), held + before)
+    held += sound
     if not request.audio_only and sizes.has("video_vae_decoder"):
-        yield _decode_video(request, sizes)
+        yield _holding(_decode_video(request, sizes), held + _second_copy(request, stages[-1], sizes))
     if sizes.has("audio_vae_decoder") and sizes.has("audio_vocoder"):
-        yield _decode_audio(request, sizes)
+        yield _holding(_decode_audio(request, sizes), held + _latent_bytes(request, stages[-1], sizes))
+
+
+def _holding(demand: PhaseDemand, nbytes: int) -> PhaseDemand:
+    """The phase while latents of other phases, so many bytes, are on the device as well."""
+    nbytes += SCRAP_BYTES
+    choices = (replace(c, activation_bytes=c.activation_bytes + nbytes) for c in demand.choices)
+    return replace(demand, choices=tuple(choices))
+
+
+def _statistics_bytes(sizes: ModelSizes) -> int:
+    """Mean and deviation of the video latent's channels, which are always there."""
+    part = next((p for p in ("video_vae_decoder", "video_vae_encoder") if sizes.has(p)), None)
+    return 2 * sizes.video_vae(part).latent_channels * sizes.itemsize if part else 0
+
+
+def _audio_latent_bytes(request: GenerateRequest, sizes: ModelSizes) -> int:
+    if not (sizes.has("dit") and sizes.transformer.has_audio):
+        return 0
+    return _audio_frames(request) * sizes.transformer.audio_in_channels * FLOAT32
+
+
+def _latent_bytes(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> int:
+    """Of the video latent that a stage leaves; keyframes stay in its memory."""
+    if request.audio_only or not sizes.has("dit"):
+        return 0
+    return video_tokens(request, stage) * sizes.transformer.in_channels * FLOAT32
+
+
+def _second_copy(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> int:
+    """What the latent of a stage takes beside its form in the compute dtype, which costs count."""
+    kept = _latent_bytes(request, stage, sizes)
+    if sizes.itemsize != FLOAT32 or not kept:
+        return kept
+    target = prod(video_latent_shape(request.num_frames, stage.height, stage.width))
+    return kept - target * sizes.transformer.in_channels * FLOAT32
+
+
+def _given_bytes(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> int:
+    """Of the float32 latents of everything that is encoded for a stage."""
+    if not sizes.has("video_vae_encoder"):
+        return 0
+    channels = sizes.video_vae("video_vae_encoder").latent_channels
+    clips = _encoded_clips(request, stage)
+    return sum(prod(video_latent_shape(*clip)) for clip in clips) * channels * FLOAT32
 
 
 def measured(version: ModelVersion, storage: Storage | str, parts: Parts | ModelSizes | None) -> ModelSizes:
@@ -93,9 +179,7 @@ def measured(version: ModelVersion, storage: Storage | str, parts: Parts | Model
     return released_sizes(version, policy) if parts is None else model_sizes(parts, policy)
 
 
-def _text_phases(request: GenerateRequest, sizes: ModelSizes) -> Iterable[PhaseDemand]:
-    """Prompts count with the longest length there is: how many tokens they have is known only later."""
-    prompts = 2 if guided(request) else 1
+def _text_phases(tokens: Sequence[int], sizes: ModelSizes) -> Iterable[PhaseDemand]:
     length, itemsize = CONTEXT_LENGTH, sizes.itemsize
     if not sizes.has("text_encoder_post_modules"):
         return
@@ -108,7 +192,7 @@ def _text_phases(request: GenerateRequest, sizes: ModelSizes) -> Iterable[PhaseD
             Block(block.name, block.nbytes, companion)
             for block, companion in zip(gemma.blocks, post.slice_bytes, strict=False)
         )
-        cost = gemma_cost(sizes.gemma, config.features, length, prompts, length, itemsize)
+        cost = gemma_cost(sizes.gemma, config.features, tokens, length, itemsize)
         yield _phase(
             "text",
             "text_encoder",
@@ -117,7 +201,7 @@ def _text_phases(request: GenerateRequest, sizes: ModelSizes) -> Iterable[PhaseD
             blocks=blocks,
             weight_cause="the storage format of the text encoder",
         )
-    cost = connectors_cost(config, length, prompts, length, itemsize)
+    cost = connectors_cost(config, tokens, length, itemsize)
     yield _phase(
         "connectors",
         "text_encoder_post_modules",
@@ -128,7 +212,7 @@ def _text_phases(request: GenerateRequest, sizes: ModelSizes) -> Iterable[PhaseD
     )
 
 
-def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora_rank: int) -> PhaseDemand:
+def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: LoraSize) -> PhaseDemand:
     part, config = sizes.parts["dit"], sizes.transformer
     kinds = guidance_passes(stage.video_guidance, stage.audio_guidance)
     video = 0 if request.audio_only else video_tokens(request, stage)
@@ -144,14 +228,14 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora_ran
         # A rule, not a choice: what lies where must not show in the results.
         chunk_tokens=free_chunk(max(video, audio)),
         itemsize=sizes.itemsize,
-        lora_rank=lora_rank,
+        lora_rank=lora.rank,
     )
     return _phase(
         f"denoise {stage.number}",
         "dit",
-        part,
+        replace(part, rest_bytes=part.rest_bytes + lora.nbytes.get(REST, 0)),
         [_choice(denoise_cost(config, step), MATRIX_WORKSPACE)],
-        blocks=_blocks(part, lora_rank * sizes.itemsize),
+        blocks=_blocks(part, lora.nbytes),
         traversals=stage.steps,
         activation_cause=_size_of(request),
         weight_cause="the storage format of the transformer",
@@ -177,13 +261,15 @@ def _distinct_timesteps(request: GenerateRequest) -> int:
     return 1 + len(given)
 
 
-def _lora_rank(request: GenerateRequest, stage: Stage, lora: bool | int) -> int:
+def _lora_size(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Loras) -> LoraSize:
+    if isinstance(lora, Mapping):
+        return lora.get(stage.number, LoraSize())
     rank = DISTILLED_LORA_RANK if lora is True else int(lora)
-    if stage.number == 1:
-        return rank
-    if request.clear_lora_before_state_two:
-        rank = 0
-    return rank + (0 if request.use_distilled_pipeline else DISTILLED_LORA_RANK)
+    if stage.number > 1:
+        rank = 0 if request.clear_lora_before_state_two else rank
+        rank += 0 if request.use_distilled_pipeline else DISTILLED_LORA_RANK
+    blocks = sizes.parts["dit"].blocks
+    return LoraSize(rank=rank, nbytes={b.name: rank * sizes.itemsize * b.lora_width for b in blocks})
 
 
 def _upsample(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
@@ -293,10 +379,9 @@ def _choice(cost: Cost, workspace: float, **settings: int | None) -> Choice:
     )
 
 
-def _blocks(part: PartSizes, lora_bytes_per_width: int = 0) -> tuple[Block, ...]:
-    return tuple(
-        Block(block.name, block.nbytes, block.lora_width * lora_bytes_per_width) for block in part.blocks
-    )
+def _blocks(part: PartSizes, companions: Mapping[str, int] | None = None) -> tuple[Block, ...]:
+    travelling = companions or {}
+    return tuple(Block(block.name, block.nbytes, travelling.get(block.name, 0)) for block in part.blocks)
 
 
 def _audio_frames(request: GenerateRequest) -> int:

@@ -1,9 +1,10 @@
 """``LTX2AudioVideoPipeline``: video with sound from text and pictures, through one call."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffsynth import __version__
+from diffsynth.conditioning.text import PromptContext
 from diffsynth.conditioning.tokens import audio_latent_frames
 from diffsynth.device import is_out_of_memory, resolve_device
 from diffsynth.errors import RequestError
@@ -41,6 +43,7 @@ from diffsynth.pipelines.memory import ManagedMemory
 from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ProgressBar, ignore, with_bar
+from diffsynth.pipelines.rescue import FinalLatents, kept
 from diffsynth.pipelines.result import Result, VideoFrames
 from diffsynth.pipelines.stages import guided, plan_stages
 from diffsynth.pipelines.state import GenerationState
@@ -54,6 +57,9 @@ from diffsynth.pipelines.units import (
     EncodeVideoInputs,
     Unit,
     Upsample,
+    kept_sound,
+    known_contexts,
+    unknown_prompts,
 )
 from diffsynth.request import GenerateRequest, GuidanceParams, Region
 from diffsynth.sampling.conventions import get_conventions
@@ -111,6 +117,7 @@ class LTX2AudioVideoPipeline:
         cache: bool = True,
         loras: Sequence[tuple[str | Path | ModelConfig, float]] = (),
         request: GenerateRequest | None = None,
+        networks: Collection[str] | None = None,
     ) -> Self:
         """Load a pipeline.
 
@@ -131,6 +138,7 @@ class LTX2AudioVideoPipeline:
             loras: files and strengths, activated as :meth:`load_lora` does; they are read before any weight.
             request: one that will be made: if these files cannot serve it, the error comes before any weight
                 is read.
+            networks: load only these of what the files hold, by their public names; all if None.
 
         Raises:
             RequestError: an argument that cannot work.
@@ -142,7 +150,11 @@ class LTX2AudioVideoPipeline:
             raise RequestError(f"torch_dtype={torch_dtype!r} is not a floating dtype", hint="torch.bfloat16")
         target = resolve_device(device)
         check_states(model_configs, target, torch_dtype)
-        opened = open_models(model_configs, tokenizer_config or ModelConfig(model_id=GEMMA_ID))
+        if networks is None or "text_encoder" in networks:
+            tokenizer_config = tokenizer_config or ModelConfig(model_id=GEMMA_ID)
+        opened = open_models(model_configs, tokenizer_config)
+        if networks is not None:
+            opened = opened.only(networks)
         outline, lora = opened.outline(target, torch_dtype), None
         if stage2_lora_config is not None:
             lora = read_transformer_lora(outline.parts, stage2_lora_config)
@@ -157,6 +169,8 @@ class LTX2AudioVideoPipeline:
         for read, alpha in own:
             assert pipe._loras is not None, "a LoRA is read for a transformer only"
             pipe._loras.add(read, alpha)
+        if request is not None:
+            pipe._plan(request, known_contexts(pipe.parts, request))
         return pipe
 
     def __getattr__(self, name: str) -> Any:
@@ -291,16 +305,68 @@ class LTX2AudioVideoPipeline:
             noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
+            contexts=known_contexts(self.parts, request),
         )
-        self.parts.memory.prepare(
-            request,
-            lora_rank=sum(self._loras.ranks) if self._loras else 0,
-            text=not self._knows_prompts(request),
-        )
-        for unit in self._units(request, stages):
+        self._plan(request, state.contexts)
+        for unit in self._making(request, stages):
             _run(unit, self.parts, state)
         record = self._record(request)
-        frames = None
+        latents = FinalLatents(
+            video=state.video_latent, audio=state.audio_latent, sound=kept_sound(state), record=record
+        )
+        with kept(latents):
+            return self._decoded(state, record)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: str | Path | FinalLatents | tuple[Tensor | None, Tensor | None],
+        record: Mapping[str, Any] | None = None,
+        on_progress: OnProgress = ignore,
+    ) -> Result:
+        """Decode final latents, such as those that a run left when it was stopped while decoding.
+
+        With the same decoders, dtype and limits the result equals that of an unbroken run, bit for bit.
+
+        Args:
+            latents: the file that the run named; or :class:`~diffsynth.pipelines.rescue.FinalLatents`; or the
+                normalised latents (1, C, F, H, W) of the video and (1, C, T, M) of the sound.
+            record: what made them, ``result.record``; with two tensors only.
+            on_progress: called after every step of every phase.
+
+        Raises:
+            CheckpointError: the file is damaged, comes from the other model, or a decoder was not loaded.
+            RequestError: a record is missing.
+            MemoryBudgetError: decoding does not fit the limits.
+        """
+        if isinstance(latents, tuple):
+            if record is None:
+                raise RequestError("latents without a record", hint="pipe.decode(latents, result.record)")
+            latents = FinalLatents(video=latents[0], audio=latents[1], record=record)
+        elif not isinstance(latents, FinalLatents):
+            latents = FinalLatents.load(latents)
+        latents.check_model(MODEL_NAMES[self.parts.version])
+        request = latents.request
+        self.parts.require(_needs(self._decoding(request)))
+        check_sizes(request, self.parts, ())
+        conventions = get_conventions(request.conventions)
+        state = GenerationState(
+            request=request,
+            inputs=Inputs(retake_audio=latents.sound),
+            conventions=conventions,
+            stages=(),
+            noise=noise_source(conventions.noise_source, 0, "cpu"),  # decoders draw none
+            on_progress=on_progress,
+            video_latent=latents.video,
+            audio_latent=latents.audio,
+        )
+        self.parts.memory.prepare(request, loras=lambda _: nullcontext(), prompts=())
+        return self._decoded(state, dict(latents.record))
+
+    def _decoded(self, state: GenerationState, record: dict[str, Any]) -> Result:
+        request, frames = state.request, None
+        for unit in self._decoding(request):
+            _run(unit, self.parts, state)
         if state.frames is not None:
             frames = VideoFrames(state.frames, frame_rate=request.frame_rate, record=record)
         return Result(
@@ -312,14 +378,17 @@ class LTX2AudioVideoPipeline:
             record=record,
         )
 
+    def _plan(self, request: GenerateRequest, contexts: Mapping[str, PromptContext]) -> None:
+        """Decide what lies where; nothing is read.  Raises MemoryBudgetError where it does not fit."""
+        self.parts.memory.prepare(
+            request,
+            loras=lambda stage: self._stage_loras(request, stage),
+            prompts=unknown_prompts(request, contexts),
+        )
+
     def memory_report(self) -> dict[str, Any]:
         """What the last run was planned to take, what it took, and what moved; ready for JSON."""
         return self.parts.memory.report()
-
-    def _knows_prompts(self, request: GenerateRequest) -> bool:
-        cache = self.parts.prompt_cache
-        prompts = [request.prompt, *([request.negative_prompt] if guided(request) else [])]
-        return cache is not None and all(cache.path(prompt).is_file() for prompt in prompts)
 
     def check(self, request: GenerateRequest) -> None:
         """Everything that a request needs of this pipeline, before any of it runs.
@@ -343,8 +412,7 @@ class LTX2AudioVideoPipeline:
             logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
         if not request.prompt.strip():
             logger.warning("the prompt is empty: the model chooses what to show")
-        units = self._units(request, stages)
-        self.parts.require(dict.fromkeys(name for unit in units for name in unit.needs))
+        self.parts.require(_needs(self._units(request, stages)))
 
     def _audio_shape(self, request: GenerateRequest) -> tuple[int, int, int, int] | None:
         decoder = self.parts.audio_vae_decoder
@@ -374,6 +442,10 @@ class LTX2AudioVideoPipeline:
 
     def _units(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
         """The units of a request, in the order in which they run."""
+        return [*self._making(request, stages), *self._decoding(request)]
+
+    def _making(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
+        """The units up to the final latents."""
         has_video_inputs = (
             request.input_images or request.in_context_videos or request.retake_video is not None
         )
@@ -385,7 +457,12 @@ class LTX2AudioVideoPipeline:
                 units.append(Upsample())
             if has_video_inputs:
                 units.append(EncodeVideoInputs(stage))
-            units.append(Denoise(stage, self._stage_loras(request, stage)))
+            units.append(Denoise(stage, partial(self._stage_loras, request, stage)))
+        return units
+
+    def _decoding(self, request: GenerateRequest) -> list[Unit]:
+        """The units from the final latents on."""
+        units: list[Unit] = []
         if not request.audio_only:
             units.append(DecodeVideo())
         if self.parts.has_audio:
@@ -421,15 +498,22 @@ class LTX2AudioVideoPipeline:
         }
 
 
+def _needs(units: Iterable[Unit]) -> list[str]:
+    """The parts that units need, each once."""
+    return list(dict.fromkeys(name for unit in units for name in unit.needs))
+
+
 def _run(unit: Unit, parts: Parts, state: GenerationState) -> None:
     """Run a unit; if the device runs out of memory, again with less, from the last finished step."""
     while True:
         try:
             unit.run(parts, state)
         except Exception as error:
-            if not is_out_of_memory(error) or not parts.memory.step_down():
+            if not is_out_of_memory(error):
                 raise
             clear_frames(error.__traceback__)  # they hold the tensors that filled the device
+            if not parts.memory.step_down():
+                raise
         else:
             return
 

@@ -6,43 +6,33 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffsynth.device import Backend
 from diffsynth.errors import MemoryBudgetError
 from diffsynth.loader import NetworkWeights
 from diffsynth.lora import LoraStack
-from diffsynth.pipelines.demand import demands_for
+from diffsynth.pipelines.demand import LoraSize, demands_for
 from diffsynth.pipelines.nearest import plan_request
+from diffsynth.pipelines.packing import SLICE, PackedWeights
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.phases import PhaseRun
+from diffsynth.pipelines.phases import PhaseRun, StageLoras
 from diffsynth.pipelines.sizes import model_sizes
-from diffsynth.pipelines.storage import PartLayouts, Storage, part_layouts
+from diffsynth.pipelines.stages import plan_stages
+from diffsynth.pipelines.storage import Storage
 from diffsynth.request import GenerateRequest
-from diffsynth.vram.adapters import Adapter
+from diffsynth.vram.adapters import Adapter, Adapters
 from diffsynth.vram.binding import REST
-from diffsynth.vram.blocks import BlockLayout, pack_entry
 from diffsynth.vram.cache import PackedCache
-from diffsynth.vram.file_source import MixedSource
-from diffsynth.vram.formats import AS_IS
-from diffsynth.vram.identity import identify
 from diffsynth.vram.managed import ManagedModule
-from diffsynth.vram.packed_file import PackedFile, write_packed
 from diffsynth.vram.plan import PhasePlan, Plan
-from diffsynth.vram.planner import Budget, PhaseDemand, plan
+from diffsynth.vram.planner import Budget, PhaseDemand, fits, plan
 from diffsynth.vram.slices import StreamedSlices
-from diffsynth.vram.source import BlockSource, RamSource
 from diffsynth.vram.streamer import Traffic
 
 logger = logging.getLogger(__name__)
 
 GB = 2**30
 STEP_DOWN = 0.85
-"""Share of the last plan's memory that the next one may take after the device ran out."""
-
-SLICE = "slices.{}"
-"""Name of the block with the slice of the text projections for one hidden state."""
+"""Share of its last plan's memory that a phase may take after the device ran out for no visible reason."""
 
 
 @dataclass(slots=True)
@@ -109,43 +99,49 @@ class ManagedMemory:
             on_disk: parts of which no block stays in host memory.
         """
         self._parts = parts
-        self._weights = weights
-        self._storage = storage
         self._backend = backend
         self._budget = budget
-        self._cache = cache
-        self._on_disk = frozenset(on_disk)
+        self._weights = PackedWeights(weights, storage, parts.dtype, backend, cache=cache, on_disk=on_disk)
+        self._storage = storage
         self._sizes = model_sizes(parts, storage)
         self._demands: tuple[PhaseDemand, ...] = ()
         self.loras: LoraStack | None = None
         """Books of the LoRAs of the transformer, which travel with its blocks."""
         self._managed: dict[str, ManagedModule] = {}
-        self._layouts: dict[str, PartLayouts] = {}
-        self._files: dict[str, PackedFile] = {}
         self._plan = Plan(phases=())
         self._figures: list[PhaseFigures] = []
+        self._stepped_down: list[str] = []
+        self._phase: str | None = None
+        """The one that is on, or that an error ended."""
 
-    def prepare(self, request: GenerateRequest, *, lora_rank: int, text: bool) -> None:
+    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
-        how: Any = {"storage": self._storage, "lora": lora_rank, "parts": self._sizes, "text": text}
+        budget = self._host_budget()
+        how: Any = {
+            "storage": self._storage,
+            "lora": self._lora_sizes(request, loras),
+            "parts": self._sizes,
+            "text": [self._num_tokens(prompt) for prompt in prompts],
+        }
         self._demands = demands_for(request, self._parts.version, **how)
-        self._plan = plan_request(request, self._parts.version, self._budget, **how)
-        self._figures = []
-        logger.info("%s", _summary(self._plan, self._budget))
+        self._plan = plan_request(request, self._parts.version, budget, **how)
+        self._figures, self._stepped_down, self._phase = [], [], None
+        logger.info("%s", _summary(self._plan, budget))
 
     def step_down(self) -> bool:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
-        used = self._plan.peak_vram_bytes
-        smaller = replace(self._budget, vram_bytes=int(STEP_DOWN * used))
-        try:
-            self._plan = plan(self._demands, smaller)
-        except MemoryBudgetError:
+        name = self._phase
+        if name is None:
             return False
-        self._budget = smaller
+        used = self._plan.phase(name).peak_vram_bytes
+        smaller = self._smaller(name, used)
+        self._plan = Plan(phases=tuple(smaller if p.name == name else p for p in self._plan.phases))
+        self._stepped_down.append(name)
         logger.warning(
-            "the device ran out of memory with a plan of %.2f GB; going on with %.2f GB",
-            used / GB,
-            self._plan.peak_vram_bytes / GB,
+            "%s: the device ran out of memory with a plan of %s; going on with %s",
+            name,
+            _readable(used),
+            _readable(smaller.peak_vram_bytes),
         )
         return True
 
@@ -159,22 +155,22 @@ class ManagedMemory:
         """
         phase = self._plan.phase(name)
         figures = PhaseFigures(phase)
+        self._phase = name
         self._backend.reset_peak()
         with ExitStack() as stack:
             entered = [
                 self._enter(stack, part, phase, leading=part == phase.part) for part in _parts_of(phase.name)
             ]
             slices = self._enter_slices(stack, phase) if phase.name == "text" else None
-            try:
-                yield PhaseRun(phase.settings, slices)
-            finally:
-                figures.peak_vram_bytes = self._backend.memory().peak_allocated
-                for managed in entered:
-                    figures.traffic = figures.traffic + managed.traffic
-                    figures.host_bytes += managed.host_bytes
-                if slices is not None:
-                    figures.traffic = figures.traffic + slices.traffic
-                self._figures.append(figures)
+            yield PhaseRun(phase.settings, slices)
+            figures.peak_vram_bytes = self._backend.memory().peak_allocated
+            for managed in entered:
+                figures.traffic = figures.traffic + managed.traffic
+                figures.host_bytes += managed.host_bytes
+            if slices is not None:
+                figures.traffic = figures.traffic + slices.traffic
+        self._figures.append(figures)
+        self._phase = None
 
     def report(self) -> dict[str, Any]:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
@@ -182,23 +178,76 @@ class ManagedMemory:
             "managed": True,
             "plan": self._plan.to_dict(),
             "phases": [figures.to_dict() for figures in self._figures],
+            "stepped_down": list(self._stepped_down),
         }
 
     def close(self) -> None:
         """Close the packed files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
         self._managed.clear()
+        self._weights.close()
 
     # -- inside ---------------------------------------------------------------------------------------
+
+    def _smaller(self, name: str, used: int) -> PhasePlan:
+        """A plan of a phase that takes less than ``used``: what is there, or clearly less, or at least less.
+
+        Raises:
+            MemoryBudgetError: there is none.
+        """
+        memory = self._backend.memory()
+        there = used - 1
+        if memory.free is not None:  # what torch keeps for reuse is free as well
+            there = min(there, memory.free + (memory.reserved or 0))
+        clearly_less = int(STEP_DOWN * used)
+        demand = next(demand for demand in self._demands if demand.name == name)
+        budget = replace(self._host_budget(), vram_bytes=there)
+        if there == used - 1 and fits([demand], replace(budget, vram_bytes=clearly_less)):
+            budget = replace(budget, vram_bytes=clearly_less)
+        try:
+            return plan([demand], budget).phase(name)
+        except MemoryBudgetError as error:
+            raise MemoryBudgetError(
+                f"the device ran out of memory; {error.message}",
+                hint="close what else uses the device, or a smaller size, or fewer frames",
+            ) from None
+
+    def _host_budget(self) -> Budget:
+        """The budget, less what stays in host memory because no file holds it."""
+        kept = self._weights.host_bytes()
+        return replace(self._budget, host_base_bytes=self._budget.host_base_bytes + kept)
+
+    def _num_tokens(self, prompt: str) -> int:
+        assert self._parts.tokenizer is not None
+        return self._parts.tokenizer.count(prompt)
+
+    def _lora_sizes(self, request: GenerateRequest, loras: StageLoras) -> dict[int, LoraSize]:
+        """By stage what travels beside the weights, exactly as it will be packed."""
+        sizes: dict[int, LoraSize] = {}
+        if self.loras is None:
+            return sizes
+        for stage in plan_stages(request, self._parts.version):
+            with loras(stage):
+                adapters = self._adapters()
+            layouts = self._weights.layouts("dit")
+            blocks = {**layouts.blocks, **({REST: layouts.rest} if layouts.rest else {})}
+            places = {
+                entry.name.removesuffix(".weight"): (block, entry.dtype)
+                for block, layout in blocks.items()
+                for entry in layout.entries
+            }
+            packed = Adapters(adapters, places, tuple(blocks)).layouts
+            ranks = (sum(a.down.shape[0] for a in each if a.down is not None) for each in adapters.values())
+            sizes[stage.number] = LoraSize(
+                rank=max(ranks, default=0), nbytes={name: layout.nbytes for name, layout in packed.items()}
+            )
+        return sizes
 
     def _enter(self, stack: ExitStack, part: str, plan: PhasePlan, *, leading: bool) -> ManagedModule:
         """Enter one network; only the leading one of a phase streams blocks in it."""
         managed = self._module(part)
         if part == "dit":
-            managed.set_adapters(self._adapters(part))
-        source = self._source(part, plan) if leading else None
+            managed.set_adapters(self._adapters())
+        source = self._weights.source(part, plan) if leading else None
         residents = plan.residents if leading else ()
         slots = plan.slots if leading else 0
         stack.callback(managed.exit)
@@ -213,12 +262,12 @@ class ManagedMemory:
 
     def _enter_slices(self, stack: ExitStack, plan: PhasePlan) -> StreamedSlices:
         part = "text_encoder_post_modules"
-        layouts = self._layouts_of(part)
+        layouts = self._weights.layouts(part)
         blocks = [SLICE.format(index) for index in range(len(layouts.slices))]
         return stack.enter_context(
             StreamedSlices(
                 self._backend,
-                self._source(part, plan),
+                self._weights.source(part, plan),
                 blocks,
                 num_weights=len(layouts.slices[0].entries),
                 slots=plan.slots or 1,
@@ -228,10 +277,10 @@ class ManagedMemory:
     def _module(self, part: str) -> ManagedModule:
         """The managed form of a part, made when it is first used."""
         if part not in self._managed:
-            layouts = self._layouts_of(part)
+            layouts = self._weights.layouts(part)
             self._managed[part] = ManagedModule(
                 getattr(self._parts, part),
-                self._source(part, None),
+                self._weights.source(part, None),
                 self._backend,
                 blocks=tuple(layouts.blocks),
                 host=tuple(layouts.host),
@@ -239,57 +288,12 @@ class ManagedMemory:
             )
         return self._managed[part]
 
-    def _layouts_of(self, part: str) -> PartLayouts:
-        if part not in self._layouts:
-            module = self._weights[part].build()
-            self._layouts[part] = part_layouts(part, module, self._storage, self._parts.dtype)
-        return self._layouts[part]
-
-    def _source(self, part: str, plan: PhasePlan | None) -> BlockSource:
-        """The blocks of a part, as a plan wants them kept."""
-        if self._cache is None or not self._weights[part].files.paths:
-            return self._packed_in_ram(part)
-        if part not in self._files:
-            self._files[part] = self._packed_file(part, self._cache)
-        return MixedSource(
-            self._files[part],
-            self._backend,
-            in_ram=() if plan is None or part in self._on_disk else plan.ram_blocks,
-            page_locked=plan is not None and plan.pinned,
-        )
-
-    def _packed_file(self, part: str, cache: PackedCache) -> PackedFile:
-        weights, blocks = self._weights[part], self._blocks(part)
-        policy = self._storage.policy_of(part, self._parts.dtype)
-        identity = identify(part, policy, weights.files.paths, blocks)
-        reader = _Reader(weights, blocks, self._parts.dtype)
-        return cache.get_or_build(identity, lambda path: write_packed(path, blocks, identity, reader))
-
-    def _packed_in_ram(self, part: str) -> RamSource:
-        blocks = self._blocks(part)
-        reader = _Reader(self._weights[part], blocks, self._parts.dtype)
-        packed: dict[str, tuple[BlockLayout, Tensor]] = {}
-        with torch.inference_mode(False):
-            for name, layout in blocks.items():
-                memory = self._backend.host_buffer(layout.nbytes, pinned=False)
-                for entry in layout.entries:
-                    pack_entry(layout, entry.name, reader(entry.name), memory)
-                packed[name] = (layout, memory)
-        return RamSource(packed, self._backend)
-
-    def _blocks(self, part: str) -> dict[str, BlockLayout]:
-        """All blocks of a part in the order of the packed file."""
-        layouts = self._layouts_of(part)
-        blocks = {**layouts.host, **({REST: layouts.rest} if layouts.rest else {})}
-        blocks |= {SLICE.format(index): layout for index, layout in enumerate(layouts.slices)}
-        return {**blocks, **layouts.blocks}
-
-    def _adapters(self, part: str) -> dict[str, Sequence[Adapter]]:
-        """The LoRAs of a part as the memory manager applies them."""
+    def _adapters(self) -> dict[str, Sequence[Adapter]]:
+        """The LoRAs that are active on the transformer, as the memory manager applies them."""
         if self.loras is None or not len(self.loras):
             return {}
         found: dict[str, list[Adapter]] = {}
-        for name, layer in getattr(self._parts, part).named_modules():
+        for name, layer in self.loras.module.named_modules():
             for update, strength in self.loras.updates(name) if hasattr(layer, "in_features") else ():
                 items = found.setdefault(name, [])
                 if update.down is not None:
@@ -299,31 +303,9 @@ class ManagedMemory:
         return dict(found)
 
 
-class _Reader:
-    """Reads the tensors of packed blocks from a checkpoint, one at a time.
-
-    Weights that will be quantised are read in float32, which every stored dtype fits into exactly.  Slices
-    are cut from their projections, which are kept until the next tensor that is none.
-    """
-
-    def __init__(
-        self, weights: NetworkWeights, blocks: Mapping[str, BlockLayout], dtype: torch.dtype
-    ) -> None:
-        self._weights = weights
-        self._dtype = dtype
-        self._formats = {e.name: e.format for layout in blocks.values() for e in layout.entries}
-        self._states = sum(name.startswith("slices.") for name in blocks)
-        self._projections: dict[str, Tensor] = {}
-
-    def __call__(self, name: str) -> Tensor:
-        projection, colon, index = name.partition(":")
-        if colon:
-            if projection not in self._projections:
-                self._projections[projection] = self._weights.read(projection, dtype=self._dtype)
-            return self._projections[projection][:, int(index) :: self._states].contiguous()
-        self._projections.clear()
-        as_is = self._formats[name] in AS_IS
-        return self._weights.read(name, dtype=self._dtype if as_is else torch.float32)
+def _readable(nbytes: int) -> str:
+    """Bytes with the unit in which they can be read."""
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB // 100 else f"{nbytes / 2**20:.2f} MB"
 
 
 def _summary(plan: Plan, budget: Budget) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from diffsynth.errors import RequestError
-from diffsynth.pipelines.demand import measured, phases
+from diffsynth.pipelines.demand import Loras, Prompts, measured, phases
 from diffsynth.pipelines.parts import ModelVersion, Parts
 from diffsynth.pipelines.sizes import ModelSizes
 from diffsynth.pipelines.storage import Storage
@@ -21,9 +21,9 @@ def plan_request(
     budget: Budget,
     *,
     storage: Storage | str,
-    lora: bool | int = False,
+    lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
-    text: bool = True,
+    text: Prompts = True,
 ) -> Plan:
     """Plan a request; arguments as :func:`~diffsynth.pipelines.demand.demands_for` takes them.
 
@@ -41,9 +41,9 @@ def nearest_fitting(
     budget: Budget,
     *,
     storage: Storage | str,
-    lora: bool | int = False,
+    lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
-    text: bool = True,
+    text: Prompts = True,
 ) -> GenerateRequest | None:
     """The request itself if it fits, else of those with other tiles, length or size the one with most pixels.
 
@@ -63,8 +63,8 @@ class _Search:
         request: GenerateRequest,
         budget: Budget,
         sizes: ModelSizes,
-        lora: bool | int,
-        text: bool,
+        lora: Loras,
+        text: Prompts,
     ) -> None:
         self._request = request
         self._budget = budget

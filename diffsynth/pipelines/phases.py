@@ -4,12 +4,16 @@ A unit says ``with memory.phase("denoise 1")`` and finds the networks of that ph
 another; each gives back what it held.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from diffsynth.models.ltx2.feature_extractor import Slices
+from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
+
+StageLoras: TypeAlias = Callable[[Stage], AbstractContextManager[object]]
+"""Sets the LoRAs of a stage for as long as it is entered."""
 
 
 class PhaseRun(NamedTuple):
@@ -24,13 +28,13 @@ class PhaseRun(NamedTuple):
 class Memory(Protocol):
     """See the module."""
 
-    def prepare(self, request: GenerateRequest, *, lora_rank: int, text: bool) -> None:
+    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
         """Decide how the phases of a request will run.
 
         Args:
             request: what will be generated.
-            lora_rank: of the user's LoRAs, all together.
-            text: whether prompts have to be encoded.
+            loras: sets the LoRAs of a stage, so that they can be measured.
+            prompts: those that have to be encoded.
 
         Raises:
             MemoryBudgetError: the request does not fit; the hint says what would.
@@ -42,7 +46,14 @@ class Memory(Protocol):
         ...
 
     def step_down(self) -> bool:
-        """After the device ran out of memory all the same: decide on less; False when there is no less."""
+        """After a phase ran out of device memory all the same: decide on less for it.
+
+        Returns:
+            Whether the phase is worth another try.
+
+        Raises:
+            MemoryBudgetError: there is no less.
+        """
         ...
 
     def report(self) -> dict[str, Any]:
@@ -53,7 +64,7 @@ class Memory(Protocol):
 class AllOnDevice:
     """Every network lies on the device all the time."""
 
-    def prepare(self, request: GenerateRequest, *, lora_rank: int, text: bool) -> None:
+    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
         """See :class:`Memory`: there is nothing to decide."""
 
     def step_down(self) -> bool:

@@ -19,10 +19,12 @@ from diffsynth.pipelines.parts import ModelVersion, Parts
 from diffsynth.pipelines.released import released_parts
 from diffsynth.pipelines.storage import Storage, part_layouts
 from diffsynth.vram.blocks import BlockLayout
-from diffsynth.vram.formats import decode_scratch_bytes
+from diffsynth.vram.formats import FLOAT8_DTYPES, decode_scratch_bytes
 from diffsynth.vram.linear import decoded_bytes, needs_decoding
 
 ConfigT = TypeVar("ConfigT")
+
+FLOAT8_VALUES = 256
 
 NETWORKS = (
     *("text_encoder", "text_encoder_post_modules", "dit", "video_vae_encoder", "video_vae_decoder"),
@@ -161,8 +163,15 @@ def _lora_width(layout: BlockLayout, linear: set[str]) -> int:
 
 
 def _scratch_bytes(layout: BlockLayout) -> int:
-    """Of the largest conversion: its result in the compute dtype, and what it needs beside that."""
+    """Of the largest conversion: its result in the compute dtype, and what it needs beside that.
+
+    Devices without float8 arithmetic look its values up in a table.
+    """
     return max(
-        decoded_bytes(entry) + decode_scratch_bytes(entry.format, entry.shape) if needs_decoding(entry) else 0
+        decoded_bytes(entry)
+        + decode_scratch_bytes(entry.format, entry.shape)
+        + (FLOAT8_VALUES * entry.dtype.itemsize if entry.parts[0].dtype in FLOAT8_DTYPES else 0)
+        if needs_decoding(entry)
+        else 0
         for entry in layout.entries
     )

@@ -13,9 +13,17 @@ from diffsynth.pipelines.progress import OnProgress, Progress, ignore
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.conventions import Conventions
-from diffsynth.sampling.loops import Step
 from diffsynth.sampling.noise import NoiseSource
 from diffsynth.utils.audio import Waveform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unfinished:
+    """Where a denoising loop goes on that did not come to its end: its noise is drawn only once."""
+
+    video: ModalityState | None
+    audio: ModalityState | None
+    next_step: int
 
 
 @dataclass(kw_only=True)
@@ -24,13 +32,14 @@ class GenerationState:
 
     Attributes:
         noise: the run's one source of noise; it moves on with every draw.
+        contexts: by prompt, those that are known already.
         positive, negative: contexts of the prompts, on the host; ``negative`` stays None when nothing is
             guided.
         video_items, audio_items: conditionings of the coming stage.
         video_latent, audio_latent: normalised latents (1, C, F, H, W) and (1, C, T, M): the start of the
             coming stage, then its result.
         audio_shape: (1, C, T, M) of the audio latent; None for a model without sound.
-        unfinished: the last step of a denoising loop that has not come to its end.
+        unfinished: how far the present denoising loop has come; None between stages.
         frames: decoded pictures; waveform: decoded sound.
     """
 
@@ -41,13 +50,14 @@ class GenerationState:
     noise: NoiseSource
     audio_shape: tuple[int, int, int, int] | None = None
     on_progress: OnProgress = ignore
+    contexts: dict[str, PromptContext] = field(default_factory=dict)
     positive: PromptContext | None = None
     negative: PromptContext | None = None
     video_items: list[ConditioningItem] = field(default_factory=list)
     audio_items: list[ConditioningItem] = field(default_factory=list)
     video_latent: Tensor | None = None
     audio_latent: Tensor | None = None
-    unfinished: Step[ModalityState] | None = None
+    unfinished: Unfinished | None = None
     frames: list[Image.Image] | None = None
     waveform: Waveform | None = None
 

@@ -1,8 +1,8 @@
 """The units of a generation.  Each names the parts it needs, does one thing, and can be run alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -36,8 +36,8 @@ from diffsynth.pipelines.denoiser import Denoiser
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.stages import Stage, guided
-from diffsynth.pipelines.state import GenerationState
-from diffsynth.request import Region
+from diffsynth.pipelines.state import GenerationState, Unfinished
+from diffsynth.request import GenerateRequest, Region
 from diffsynth.sampling.conventions import ImageFit
 from diffsynth.sampling.loops import Step, euler
 from diffsynth.sampling.noise import add_noise
@@ -68,22 +68,15 @@ class EncodePrompts:
     def run(self, parts: Parts, state: GenerationState) -> None:
         """Encode both prompts in one pass through the text model, as far as they are not known."""
         request = state.request
-        prompts = [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
+        prompts = prompts_of(request)
         state.report("encode prompt", 0, 1)
-        contexts = self._known(parts, prompts)
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in contexts]
+        contexts = state.contexts
+        missing = unknown_prompts(request, contexts)
         if missing:
             contexts |= dict(zip(missing, self._encode(parts, missing), strict=True))
         state.positive = contexts[prompts[0]]
         state.negative = contexts[prompts[1]] if len(prompts) > 1 else None
         state.report("encode prompt", 1, 1)
-
-    def _known(self, parts: Parts, prompts: Sequence[str]) -> dict[str, PromptContext]:
-        """Encodings of earlier runs: with all of them there, the text model is never loaded."""
-        if parts.prompt_cache is None:
-            return {}
-        found = {prompt: parts.prompt_cache.get(prompt) for prompt in prompts}
-        return {prompt: context for prompt, context in found.items() if context is not None}
 
     def _encode(self, parts: Parts, prompts: Sequence[str]) -> list[PromptContext]:
         assert parts.tokenizer is not None
@@ -230,11 +223,12 @@ class EncodeAudioInput:
 class Denoise:
     """Noise, conditionings and prompt -> the latents of a stage.
 
-    ``lora``: entered for the length of the stage, such as the distilled LoRA of the second stage.
+    ``lora``: makes what is entered for the length of the stage, such as the distilled LoRA of the second;
+    once more when the stage has to be taken up again.
     """
 
     stage: Stage
-    lora: AbstractContextManager[object] = field(default_factory=nullcontext)
+    lora: Callable[[], AbstractContextManager[object]] = nullcontext
     needs: tuple[str, ...] = ("dit",)
 
     def run(self, parts: Parts, state: GenerationState) -> None:
@@ -242,7 +236,9 @@ class Denoise:
         assert parts.dit is not None
         assert state.positive is not None
         stage, conventions = self.stage, state.conventions
-        video, audio, start = self._start(parts, state)
+        if state.unfinished is None:
+            state.unfinished = self._start(parts, state)
+        video, audio = state.unfinished.video, state.unfinished.audio
         longest = max(stream.num_tokens for stream in (video, audio) if stream is not None)
         denoiser = Denoiser(
             transformer=parts.dit,
@@ -254,7 +250,7 @@ class Denoise:
             dtype=parts.dtype,
             chunk_tokens=free_chunk(longest),
         )
-        with self.lora, parts.memory.phase(f"denoise {stage.number}"):
+        with self.lora(), parts.memory.phase(f"denoise {stage.number}"):
             video, audio = euler(
                 denoiser,
                 video,
@@ -262,28 +258,24 @@ class Denoise:
                 stage.sigmas,
                 masked_step=conventions.masked_step,
                 on_step=partial(self._on_step, state),
-                start_step=start,
+                start_step=state.unfinished.next_step,
             )
         state.unfinished = None
         state.video_latent = None if video is None else video.unpatchified()
         state.audio_latent = None if audio is None else audio.unpatchified()
         state.video_items = []
 
-    def _start(
-        self, parts: Parts, state: GenerationState
-    ) -> tuple[ModalityState | None, ModalityState | None, int]:
-        """The noisy states, or those after the last finished step of a run that was interrupted."""
-        if state.unfinished is not None:
-            return state.unfinished.video, state.unfinished.audio, state.unfinished.index + 1
+    def _start(self, parts: Parts, state: GenerationState) -> Unfinished:
+        """The noisy states."""
         video = None if state.request.audio_only else self._noisy(self._video(parts, state), state)
         audio = None
         if state.audio_shape is not None:
             audio = self._noisy(self._audio(state.audio_shape, parts, state), state)
         self._tell(state, 0, Denoised(stage=self.stage, video=video, audio=audio))
-        return video, audio, 0
+        return Unfinished(video=video, audio=audio, next_step=0)
 
     def _on_step(self, state: GenerationState, step: Step[ModalityState]) -> None:
-        state.unfinished = step
+        state.unfinished = Unfinished(video=step.video, audio=step.audio, next_step=step.index + 1)
         denoised = Denoised(
             stage=self.stage,
             video=step.video,
@@ -373,9 +365,8 @@ class DecodeAudio:
         assert parts.audio_vae_decoder is not None
         assert parts.audio_vocoder is not None
         assert state.audio_latent is not None
-        request, given = state.request, state.inputs.retake_audio
-        if given is not None and not request.retake_audio_regions:
-            state.waveform = given.fit(round(request.num_frames / request.frame_rate * given.sampling_rate))
+        state.waveform = kept_sound(state)
+        if state.waveform is not None:
             return
         state.report("decode audio", 0, 1)
         latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
@@ -383,6 +374,31 @@ class DecodeAudio:
             samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
         state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
         state.report("decode audio", 1, 1)
+
+
+def kept_sound(state: GenerationState) -> Waveform | None:
+    """The given sound at the length of the video, when none of it is to change."""
+    request, given = state.request, state.inputs.retake_audio
+    if given is None or request.retake_audio_regions:
+        return None
+    return given.fit(round(request.num_frames / request.frame_rate * given.sampling_rate))
+
+
+def prompts_of(request: GenerateRequest) -> list[str]:
+    """The prompt, and the negative one if anything is guided."""
+    return [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
+
+
+def known_contexts(parts: Parts, request: GenerateRequest) -> dict[str, PromptContext]:
+    """By prompt the encodings of earlier runs: with all of them there, the text model is never loaded."""
+    cache = parts.prompt_cache
+    found = {} if cache is None else {prompt: cache.get(prompt) for prompt in prompts_of(request)}
+    return {prompt: context for prompt, context in found.items() if context is not None}
+
+
+def unknown_prompts(request: GenerateRequest, contexts: Mapping[str, PromptContext]) -> list[str]:
+    """The prompts that have to be encoded, each once."""
+    return [prompt for prompt in dict.fromkeys(prompts_of(request)) if prompt not in contexts]
 
 
 def audio_items(regions: Sequence[Region]) -> list[ConditioningItem]:

@@ -18,7 +18,7 @@ from tests.cli.command import Here, environment, run
 
 OWN = {
     *("output", "checkpoint", "gemma", "upsampler", "distilled_lora", "lora"),
-    *("device", "dtype", "vram_limit", "quiet"),
+    *("device", "dtype", "vram_limit", "host_limit", "storage", "cache", "stats", "quiet"),
 }
 """Options that do not belong to the request: which models run, where, and what becomes of the result."""
 FIELDS = {field.name: field for field in fields(GenerateRequest)}
@@ -68,7 +68,10 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'av', 'PIL'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
-    for given in (["--help"], ["generate", "--help"], ["inspect", "--help"], ["--version"]):
+    for given in (
+        *(["--help"], ["--version"], ["cache", "list", "--help"]),
+        *([name, "--help"] for name in ("generate", "decode", "inspect", "plan", "cache")),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *given],
             cwd=tmp_path,

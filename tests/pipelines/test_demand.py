@@ -166,7 +166,7 @@ def test_a_stage_needs_what_is_predicted(
         with LiveBytes() as counter:
             Denoise(stages[0]).run(pipe.parts, state)
     (choice,) = demands_for(asked, "2.0", storage=storage, parts=pipe.parts)[2].choices
-    assert choice.activation_bytes == pytest.approx(counter.peak, rel=0.08)
+    assert choice.activation_bytes == pytest.approx(counter.peak, rel=0.09)
 
 
 # -- plans of known machines ------------------------------------------------------------------------------

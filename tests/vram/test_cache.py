@@ -415,19 +415,20 @@ def test_list_and_clear(network: Network, cache: PackedCache) -> None:
     runner = CliRunner()
     assert use(cache, network)
     size = sum(entry.nbytes for entry in cache.entries())
-    listed = runner.invoke(cache_app, ["list", "--folder", str(cache.folder)])
+    folder = ["--folder", str(cache.folder.parent)]
+    listed = runner.invoke(cache_app, ["list", *folder])
     assert listed.exit_code == 0
     assert f"tiny int8: {size / 1e9:.3f} GB" in listed.stdout
     assert str(network.source) in listed.stdout
     assert "1 files" in listed.stdout
-    as_json = json.loads(runner.invoke(cache_app, ["list", "--json", "--folder", str(cache.folder)]).stdout)
-    assert as_json["folder"] == str(cache.folder)
+    as_json = json.loads(runner.invoke(cache_app, ["list", "--json", *folder]).stdout)
+    assert as_json["folder"] == str(cache.folder.parent)
     (entry,) = as_json["entries"]
     assert (entry["network"], entry["format"], entry["bytes"]) == ("tiny", "int8", size)
     assert entry["state"] == "ready"
-    kept = runner.invoke(cache_app, ["clear", "--older-than", "1d", "--folder", str(cache.folder)])
+    kept = runner.invoke(cache_app, ["clear", "--older-than", "1d", *folder])
     assert "0 files" in kept.stdout
-    cleared = runner.invoke(cache_app, ["clear", "--folder", str(cache.folder)])
+    cleared = runner.invoke(cache_app, ["clear", *folder])
     assert cleared.exit_code == 0
     assert "1 files" in cleared.stdout
     assert names(cache) == []

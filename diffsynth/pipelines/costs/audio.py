@@ -18,13 +18,49 @@ ANTI_ALIASING = 2
 
 
 def audio_decoder_cost(config: AudioVAEConfig, latent_frames: int, itemsize: int) -> Cost:
-    """Latent -> spectrogram."""
-    return _audio_vae_cost(config, latent_frames, itemsize, blocks=config.num_res_blocks + 1)
+    """Latent -> spectrogram: from the coarsest level to the finest, residual blocks and an upsampler each."""
+    num_blocks, levels = config.num_res_blocks + 1, len(config.widths)
+    frames, bins = latent_frames, config.mel.mel_bins >> (levels - 1)
+    latent = config.z_channels * frames * bins
+    entered = config.widths[-1]
+    held = entered * frames * bins  # the input of the level
+    peak, flops = 0, 0.0
+    for level in reversed(range(levels)):
+        width, cells, padded = config.widths[level], frames * bins, (frames + 2) * (bins + 2)
+        first = entered * (cells + padded) + width * cells  # into the first convolution and out of it
+        second = width * (3 * cells + padded)
+        between = width * cells if num_blocks > 1 else 0  # the input of the second block
+        peak = max(peak, held + first, held + second, held + between + second)
+        flops += num_blocks * 2 * 2.0 * KERNEL_2D * cells * width * max(width, entered)
+        if level:
+            grown = 4 * cells
+            peak = max(peak, held + width * (cells + 2 * grown + (2 * frames + 2) * (2 * bins + 2)))
+            held, frames, bins = width * grown, 2 * frames - 1, 2 * bins
+        entered = width
+    return Cost((peak + latent) * itemsize, flops)
 
 
 def audio_encoder_cost(config: AudioVAEConfig, latent_frames: int, itemsize: int) -> Cost:
-    """Spectrogram -> latent."""
-    return _audio_vae_cost(config, latent_frames, itemsize, blocks=config.num_res_blocks)
+    """Spectrogram -> latent: from the finest level to the coarsest, with a downsampler between levels."""
+    num_blocks, levels = config.num_res_blocks, len(config.widths)
+    frames, bins = latent_frames * MEL_PER_LATENT, config.mel.mel_bins
+    spectrogram = config.in_channels * frames * bins
+    entered = config.widths[0]
+    held = entered * frames * bins  # the input of the level
+    peak, flops = 0, 0.0
+    for level, width in enumerate(config.widths):
+        cells, padded = frames * bins, (frames + 2) * (bins + 2)
+        first = entered * (cells + padded) + width * cells  # into the first convolution and out of it
+        second = width * (3 * cells + padded)
+        between = width * cells if num_blocks > 1 else 0  # the input of the second block
+        peak = max(peak, held + first, held + second, held + between + second)
+        flops += num_blocks * 2 * 2.0 * KERNEL_2D * cells * width * max(width, entered)
+        if level < levels - 1:
+            halved = (frames + 1) // 2 * (bins // 2)
+            peak = max(peak, held + width * (cells + (frames + 2) * (bins + 1) + halved))
+            held, frames, bins = width * halved, (frames + 1) // 2, bins // 2
+        entered = width
+    return Cost((peak + spectrogram) * itemsize, flops)
 
 
 def vocoder_cost(config: VocoderConfig | VocoderBWEConfig, mel_frames: int) -> Cost:
@@ -36,21 +72,6 @@ def vocoder_cost(config: VocoderConfig | VocoderBWEConfig, mel_frames: int) -> C
         waveforms = FLOAT32 * STEREO * low * (1 + config.ratio)
         return Cost(max(first.nbytes, second.nbytes) + waveforms, first.flops + second.flops)
     return _generator_cost(config, mel_frames, anti_aliased=False)
-
-
-def _audio_vae_cost(config: AudioVAEConfig, latent_frames: int, itemsize: int, *, blocks: int) -> Cost:
-    """Levels of residual blocks: an activation, its norm, a padded copy and the result of a convolution.
-
-    Where a level is entered with more channels than it has, the first two are of the wider kind.
-    """
-    widths = config.widths
-    peak, flops = 0, 0.0
-    for level, width in enumerate(widths):
-        cells = (latent_frames * MEL_PER_LATENT >> level) * (config.mel.mel_bins >> level)
-        entered = widths[min(level + 1, len(widths) - 1)]
-        peak = max(peak, 4 * cells * max(width, entered))
-        flops += blocks * 2 * 2.0 * KERNEL_2D * cells * width * max(width, entered)
-    return Cost(peak * itemsize, flops)
 
 
 def _generator_cost(config: GeneratorConfig, mel_frames: int, *, anti_aliased: bool) -> Cost:

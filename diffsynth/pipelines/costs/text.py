@@ -4,6 +4,8 @@ Legend: n tokens of a prompt, k prompts, D Gemma's width (3840), I its inner wid
 W width of a connector.  Prompts run one after another inside a layer, so a layer works at the memory of one.
 """
 
+from collections.abc import Sequence
+
 from diffsynth.models.gemma3 import Gemma3Config
 from diffsynth.models.ltx2.connectors import ConnectorConfig, TextConnectorsConfig
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractorConfig
@@ -21,42 +23,41 @@ def feature_widths(config: FeatureExtractorConfig) -> tuple[int, ...]:
 def gemma_cost(
     gemma: Gemma3Config,
     features: FeatureExtractorConfig,
-    tokens: int,
-    prompts: int,
+    tokens: Sequence[int],
     length: int,
     itemsize: int,
 ) -> Cost:
     """All layers, and the projection of every hidden state as it appears.
 
     Args:
-        tokens: n of the longest prompt; length: T, of the rotation tables.
+        tokens: n of every prompt; length: T, of the rotation tables.
         itemsize: of the compute dtype.
     """
     width, inner = gemma.hidden_size, gemma.intermediate_size
     queries = gemma.num_attention_heads * gemma.head_dim
     keys = gemma.num_key_value_heads * gemma.head_dim
     out = sum(feature_widths(features))
-    states = prompts * tokens * width * itemsize  # one hidden state of every prompt
+    longest, total = max(tokens, default=0), sum(tokens)
+    states = total * width * itemsize  # one hidden state of every prompt
     kept = states
     kept += 2 * 2 * length * gemma.head_dim // 2 * itemsize  # cosine and sine for both kinds of layers
-    kept += prompts * tokens * out * FLOAT32  # the sums
+    kept += total * out * FLOAT32  # the sums
     attention = 2 * width + 2 * queries + 2 * keys + 2 * queries + queries
-    layer = states + tokens * itemsize * max(attention, width + 3 * inner)
+    layer = states + longest * itemsize * max(attention, width + 3 * inner)
     # A hidden state in float32, its normalised form, and the slice of the projection in float32.
-    project = FLOAT32 * (2 * tokens * width + out * width)
+    project = FLOAT32 * (2 * longest * width + out * width)
     layers = len(gemma.layer_kinds)
     weights = width * (2 * queries + 2 * keys) + 3 * width * inner
-    flops = prompts * tokens * 2.0 * (layers * weights + gemma.num_hidden_states * width * out)
-    flops += prompts * layers * 4.0 * tokens**2 * queries
+    flops = total * 2.0 * (layers * weights + gemma.num_hidden_states * width * out)
+    flops += layers * 4.0 * sum(n**2 for n in tokens) * queries
     return Cost(kept + max(layer, project), flops)
 
 
-def connectors_cost(
-    config: TextConnectorsConfig, tokens: int, prompts: int, length: int, itemsize: int
-) -> Cost:
+def connectors_cost(config: TextConnectorsConfig, tokens: Sequence[int], length: int, itemsize: int) -> Cost:
     """Both connectors, video first."""
     widths = feature_widths(config.features)
-    features = prompts * tokens * sum(widths) * itemsize
+    prompts = len(tokens)
+    features = sum(tokens) * sum(widths) * itemsize
     video = _connector_bytes(config.video, prompts, length, itemsize)
     audio = _connector_bytes(config.audio, prompts, length, itemsize)
     contexts = prompts * length * config.video.width * itemsize  # of the video, while audio is computed

@@ -13,7 +13,7 @@ from diffsynth.pipelines.costs.cost import Cost
 STATE_COPIES = 5
 """float32 copies of a stream's latent beside the network: noisy and clean, state and estimate of the last
 finished step, and the start of the stage."""
-STEP_COPIES = 7
+STEP_COPIES = 6
 """The same while the estimates of a step are combined; velocities and estimates of the passes come on top."""
 POSITION_BYTES = 8
 """Start and end of a token on one axis, float32."""
@@ -116,7 +116,11 @@ def _stream_peak(config: TransformerConfig, width: int, tokens: int, sizes: Deno
     chunk = tokens if sizes.chunk_tokens is None else min(tokens, sizes.chunk_tokens)
     # Before and after the activation the inner width lives twice; in pieces there is a result beside them.
     forward = tokens + 2 * FEED_FORWARD_GROWTH * chunk + (tokens if chunk < tokens else 0)
-    return width * max(attention, text, forward)
+    # Beside the result of a layer with a LoRA, the product with its first factor.
+    rank = sizes.lora_rank
+    return max(
+        width * attention + rank * tokens, width * text + rank * max(tokens, sizes.text), width * forward
+    )
 
 
 def _exchange_peak(config: TransformerConfig, sizes: DenoiseSizes) -> int:

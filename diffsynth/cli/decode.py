@@ -1,0 +1,54 @@
+"""``diffsynth decode``: the latents of a run that was stopped at its end -> mp4."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffsynth.cli.generate import dtype_named, model_config, out_of_memory_told, phases, write
+from diffsynth.cli.machine import MachineOptions
+from diffsynth.cli.stats import show_stats
+from diffsynth.errors import RequestError
+from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
+from diffsynth.pipelines.rescue import FinalLatents
+from diffsynth.utils.media_io_ltx2 import check_output_path
+
+logger = logging.getLogger(__name__)
+
+DECODERS = ("video_vae_decoder", "audio_vae_decoder", "audio_vocoder")
+
+
+def run(
+    file: Path,
+    *,
+    checkpoint: Sequence[str],
+    machine: MachineOptions,
+    output: Path,
+    quiet: bool,
+    stats: bool,
+) -> None:
+    """Load the decoders alone, decode and write; ``file`` stays where it is.
+
+    Raises:
+        DiffSynthError: of the kind that says what was wrong.
+    """
+    check_output_path(output)
+    latents = FinalLatents.load(file)
+    if latents.request.audio_only:
+        raise RequestError(
+            f"{file} has no video to write as mp4", hint="in Python: pipe.decode(file) gives the sound"
+        )
+    pipe = LTX2AudioVideoPipeline.from_pretrained(
+        torch_dtype=dtype_named(machine.dtype),
+        device=machine.device,
+        model_configs=[model_config(name) for name in checkpoint],
+        vram_limit=machine.vram_limit,
+        host_limit=machine.host_limit,
+        storage=machine.storage,
+        cache=machine.cache,
+        networks=DECODERS,
+    )
+    with out_of_memory_told(), phases(quiet) as on_progress:
+        result = pipe.decode(latents, on_progress=on_progress)
+    write(result, output)
+    if stats:
+        show_stats(pipe.memory_report())

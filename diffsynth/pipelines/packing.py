@@ -1,0 +1,151 @@
+"""The packed weights of a pipeline: how each network is divided, and where its blocks come from."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from diffsynth.device import Backend
+from diffsynth.loader import NetworkWeights
+from diffsynth.pipelines.storage import PartLayouts, Storage, part_layouts
+from diffsynth.vram.binding import REST
+from diffsynth.vram.blocks import BlockLayout, pack_entry
+from diffsynth.vram.cache import PackedCache
+from diffsynth.vram.file_source import MixedSource
+from diffsynth.vram.formats import AS_IS
+from diffsynth.vram.identity import identify
+from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.plan import PhasePlan
+from diffsynth.vram.source import BlockSource, RamSource
+
+SLICE = "slices.{}"
+"""Name of the block with the slice of the text projections for one hidden state."""
+
+
+class PackedWeights:
+    """Packs each network when it is first asked for: into a file of the cache, or into host memory."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, NetworkWeights],
+        storage: Storage,
+        dtype: torch.dtype,
+        backend: Backend,
+        *,
+        cache: PackedCache | None,
+        on_disk: Collection[str] = (),
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            weights: by part, where its tensors lie.
+            storage: formats.
+            dtype: that the networks compute in.
+            backend: of the device.
+            cache: of packed files; None packs into host memory.
+            on_disk: parts of which no block stays in host memory.
+        """
+        self._weights = weights
+        self._storage = storage
+        self._dtype = dtype
+        self._backend = backend
+        self._cache = cache
+        self._on_disk = frozenset(on_disk)
+        self._layouts: dict[str, PartLayouts] = {}
+        self._files: dict[str, PackedFile] = {}
+        self._in_ram: dict[str, dict[str, tuple[BlockLayout, Tensor]]] = {}
+
+    def layouts(self, part: str) -> PartLayouts:
+        """How a network is divided."""
+        if part not in self._layouts:
+            module = self._weights[part].build()
+            self._layouts[part] = part_layouts(part, module, self._storage, self._dtype)
+        return self._layouts[part]
+
+    def blocks(self, part: str) -> dict[str, BlockLayout]:
+        """All blocks of a network in the order of the packed file."""
+        layouts = self.layouts(part)
+        blocks = {**layouts.host, **({REST: layouts.rest} if layouts.rest else {})}
+        blocks |= {SLICE.format(index): layout for index, layout in enumerate(layouts.slices)}
+        return {**blocks, **layouts.blocks}
+
+    def host_bytes(self) -> int:
+        """What stays in host memory for good once every network was used: those that no file holds."""
+        parts = [part for part in self._weights if self._cache_of(part) is None]
+        return sum(layout.nbytes for part in parts for layout in self.blocks(part).values())
+
+    def source(self, part: str, plan: PhasePlan | None) -> BlockSource:
+        """The blocks of a network, as a plan wants them kept; None: all on the disk.
+
+        Raises:
+            CheckpointError, OutputError: weights cannot be read or converted.
+        """
+        cache = self._cache_of(part)
+        if cache is None:
+            if part not in self._in_ram:
+                self._in_ram[part] = self._packed_in_ram(part)
+            return RamSource(self._in_ram[part], self._backend)
+        if part not in self._files:
+            self._files[part] = self._packed_file(part, cache)
+        return MixedSource(
+            self._files[part],
+            self._backend,
+            in_ram=() if plan is None or part in self._on_disk else plan.ram_blocks,
+            page_locked=plan is not None and plan.pinned,
+        )
+
+    def close(self) -> None:
+        """Close the packed files, and drop what lies in host memory."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._in_ram.clear()
+
+    def _cache_of(self, part: str) -> PackedCache | None:
+        return self._cache if self._weights[part].files.paths else None
+
+    def _packed_file(self, part: str, cache: PackedCache) -> PackedFile:
+        weights, blocks = self._weights[part], self.blocks(part)
+        policy = self._storage.policy_of(part, self._dtype)
+        identity = identify(part, policy, weights.files.paths, blocks)
+        reader = _Reader(weights, blocks, self._dtype)
+        return cache.get_or_build(identity, lambda path: write_packed(path, blocks, identity, reader))
+
+    def _packed_in_ram(self, part: str) -> dict[str, tuple[BlockLayout, Tensor]]:
+        blocks = self.blocks(part)
+        reader = _Reader(self._weights[part], blocks, self._dtype)
+        packed: dict[str, tuple[BlockLayout, Tensor]] = {}
+        with torch.inference_mode(False):
+            for name, layout in blocks.items():
+                memory = self._backend.host_buffer(layout.nbytes, pinned=False)
+                for entry in layout.entries:
+                    pack_entry(layout, entry.name, reader(entry.name), memory)
+                packed[name] = (layout, memory)
+        return packed
+
+
+class _Reader:
+    """Reads the tensors of packed blocks from a checkpoint, one at a time.
+
+    Weights that will be quantised are read in float32, which every stored dtype fits into exactly.  Slices
+    are cut from their projections, which are kept until the next tensor that is none.
+    """
+
+    def __init__(
+        self, weights: NetworkWeights, blocks: Mapping[str, BlockLayout], dtype: torch.dtype
+    ) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._formats = {e.name: e.format for layout in blocks.values() for e in layout.entries}
+        self._states = sum(name.startswith("slices.") for name in blocks)
+        self._projections: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        projection, colon, index = name.partition(":")
+        if colon:
+            if projection not in self._projections:
+                self._projections[projection] = self._weights.read(projection, dtype=self._dtype)
+            return self._projections[projection][:, int(index) :: self._states].contiguous()
+        self._projections.clear()
+        as_is = self._formats[name] in AS_IS
+        return self._weights.read(name, dtype=self._dtype if as_is else torch.float32)
