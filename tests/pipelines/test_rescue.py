@@ -1,7 +1,7 @@
 """The final latents outlive a run that dies while it decodes; one that does not leaves nothing."""
 
-import json
 import contextlib
+import json
 import logging
 import resource
 from collections.abc import Callable, Iterator
