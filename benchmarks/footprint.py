@@ -1,7 +1,7 @@
 """How much memory a process holds, watched while it works.
 
-On Linux, what belongs to the process alone (its own pages and page-locked buffers, which count as shared
-memory there) is told apart from pages of mapped files, which the system takes back whenever it wants.
+On Linux, what belongs to the process alone (its own pages, and shared memory, as which drivers' page-locked
+buffers count) is told apart from pages of mapped files, which the system takes back whenever it wants.
 """
 
 import threading

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from diffsynth.errors import CheckpointError
 from diffsynth.vram.blocks import BlockLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of packed files: raised when the same layouts and sources would give other bytes."""
 
 _MAX_HEADER_BYTES = 100_000_000

@@ -15,6 +15,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO, Self, TypeAlias
 
@@ -24,15 +25,17 @@ from torch import Tensor
 
 from diffsynth.errors import CheckpointError, OutputError
 from diffsynth.vram.blocks import BlockLayout, clear_gaps, pack_entry
+from diffsynth.vram.formats import AS_IS
 from diffsynth.vram.identity import Identity
-from diffsynth.vram.packed_header import PackedHeader
+from diffsynth.vram.packed_header import PIECE_BYTES, PackedHeader
 
 Read: TypeAlias = Callable[[str], Tensor | Mapping[str, Tensor]]
 """Gives a tensor by the name of its entry: the weight, or its stored parts by suffix."""
 Progress: TypeAlias = Callable[[int, int], None]
 """Told after every block: bytes written, bytes in all."""
 
-_MAX_PIECE_BYTES = 2**30
+_MAX_TRANSFER_BYTES = 2**30
+_THREADS = 6  # a disk is at its best with a few requests at a time, and checksums take as long as reading
 _MARGIN_BYTES = 64 * 2**20
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -42,6 +45,7 @@ class PackedFile:
 
     def __init__(self, path: Path, descriptor: int, *, discard_damaged: bool) -> None:
         header, self._crc32, start = PackedHeader.read(path, descriptor)
+        self._header = header
         self.path = path
         self.identity = header.identity
         self.layouts = header.layouts
@@ -54,6 +58,7 @@ class PackedFile:
         self._checked: set[str] = set()
         self._mapping: Tensor | None = None
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="diffsynth-disk")
         self._closing = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
@@ -93,6 +98,7 @@ class PackedFile:
     def close(self) -> None:
         """Close the file, when no thread reads any more; mapped blocks stay valid while tensors live."""
         self._mapping = None
+        self._threads.shutdown()
         self._closing()
 
     def __enter__(self) -> Self:
@@ -120,18 +126,22 @@ class PackedFile:
         if not self._closing.alive:
             raise ValueError(f"{self.path} is closed")
         view = buffer.numpy().data[: layout.nbytes]
-        position = self._offsets[block]
+        start = self._offsets[block]
+
+        def read(piece: slice) -> int:
+            done = self._fill(view[piece], start + piece.start)
+            if not keep_in_file_cache and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, start + piece.start, done, os.POSIX_FADV_DONTNEED)
+            return done
+
         try:
-            done = self._fill(view, position)
+            done = self._for_pieces(block, view, read)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: {block} cannot be read ({error.strerror})", hint="check the disk"
             ) from error
         if done != layout.nbytes:
             raise self._damage(block, f"ends {layout.nbytes - done} bytes early")
-        if not keep_in_file_cache and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, position, layout.nbytes, os.POSIX_FADV_DONTNEED)
-        self._check(block, view)
 
     def mapped(self, block: str) -> Tensor:
         """A block as a read-only window on the file: (nbytes,) uint8, page by page read when it is touched.
@@ -153,15 +163,39 @@ class PackedFile:
         result = whole[position : position + self.layouts[block].nbytes]
         if result.numel() != self.layouts[block].nbytes:
             raise self._damage(block, "is cut off")
-        self._check(block, result.numpy().data)
+        if block not in self._checked:
+            self._for_pieces(block, result.numpy().data, lambda piece: piece.stop - piece.start)
         return result
 
-    def _check(self, block: str, content: memoryview) -> None:
-        if block in self._checked:
-            return
-        if zlib.crc32(content) != self._crc32[block]:
+    def _for_pieces(self, block: str, content: memoryview, read: Callable[[slice], int]) -> int:
+        """Read a block, several pieces at once, and compare their checksums on its first use.
+
+        When anything fails, no thread touches ``content`` any more.
+
+        Returns: bytes read, the sum of what ``read`` says.
+        """
+        checked = block in self._checked
+        wrong: list[slice] = []
+
+        def work(piece: slice, crc32: int) -> int:
+            done = read(piece)
+            whole = done == piece.stop - piece.start
+            if whole and not checked and zlib.crc32(content[piece]) != crc32:
+                wrong.append(piece)
+            return done
+
+        jobs = list(zip(self._header.pieces(block), self._crc32[block], strict=True))
+        if len(jobs) > 1:
+            running = [self._threads.submit(work, *job) for job in jobs]
+            wait(running)
+            done = sum(job.result() for job in running)
+        else:
+            done = sum(work(*job) for job in jobs)
+        if wrong:
             raise self._damage(block, "does not have its checksum")
-        self._checked.add(block)
+        if done == len(content):
+            self._checked.add(block)
+        return done
 
     def _damage(self, block: str, what: str) -> CheckpointError:
         hint = "remove it: `diffsynth cache clear`"
@@ -197,11 +231,13 @@ def write_packed(
     read: Read,
     *,
     progress: Progress | None = None,
+    piece_bytes: int = PIECE_BYTES,
 ) -> None:
     """Convert a network, tensor by tensor, and write it.
 
-    Beside the tensor that is being converted, memory for the largest block and some 50 MB are used.  The
-    file has its name only when it is complete and on the disk; whatever fails, nothing is left.
+    Beside the tensor that is being converted, memory for the largest block of several tensors and some 50 MB
+    are used.  The file has its name only when it is complete and on the disk; whatever fails, nothing is
+    left.
 
     Args:
         path: of the file; an older one is replaced.
@@ -209,6 +245,7 @@ def write_packed(
         identity: what the file is made of.
         read: see :data:`Read`; called once per entry in order.
         progress: see :data:`Progress`.
+        piece_bytes: size of the pieces that have a checksum each.
 
     Raises:
         OutputError: the disk is full or the folder not writable.
@@ -216,20 +253,17 @@ def write_packed(
         Other exceptions of ``read`` and ``progress`` pass unchanged.
     """
     path = Path(path)
-    header = PackedHeader(identity, blocks)
+    header = PackedHeader(identity, blocks, piece_bytes)
     start, payload = header.nbytes, header.payload_bytes
     _check_space(path, start + payload)
-    buffer = torch.empty(max((layout.nbytes for layout in blocks.values()), default=0), dtype=torch.uint8)
-    crc32: dict[str, int] = {}
+    size = max((layout.nbytes for layout in blocks.values() if not _is_lone_tensor(layout)), default=0)
+    buffer = torch.empty(size, dtype=torch.uint8)
+    crc32: dict[str, list[int]] = {}
     done = 0
     with _new_file(path) as file:
         for name, layout in blocks.items():
-            block = buffer[: layout.nbytes]
-            clear_gaps(layout, block)
-            for entry in layout.entries:
-                pack_entry(layout, entry.name, read(entry.name), block)
-            content = block.numpy().data
-            crc32[name] = zlib.crc32(content)
+            content = _packed(layout, read, buffer).numpy().data
+            crc32[name] = [zlib.crc32(content[piece]) for piece in header.pieces(name)]
             _put(path, file, content, start + done)
             done += layout.nbytes
             if progress is not None:
@@ -237,6 +271,33 @@ def write_packed(
         # Last, so that not even the content of an unfinished file looks finished.
         _put(path, file, memoryview(header.to_bytes(crc32)), 0)
         identity.check_current()
+
+
+def _is_lone_tensor(layout: BlockLayout) -> bool:
+    """Whether the block is one tensor as it is, byte for byte, like the embedding table."""
+    parts = layout.parts
+    return len(parts) == 1 and parts[0].nbytes == layout.nbytes and layout.entries[0].format in AS_IS
+
+
+def _packed(layout: BlockLayout, read: Read, buffer: Tensor) -> Tensor:
+    """The bytes of a block: in the buffer, or a lone tensor's own, which may be too large to have twice."""
+    if _is_lone_tensor(layout):
+        (entry,) = layout.entries
+        tensor = read(entry.name)
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.dtype == entry.parts[0].dtype
+            and tensor.shape == entry.shape
+        ):
+            return tensor.contiguous().view(-1).view(torch.uint8)
+        block = torch.empty(layout.nbytes, dtype=torch.uint8)
+        pack_entry(layout, entry.name, tensor, block)
+        return block
+    block = buffer[: layout.nbytes]
+    clear_gaps(layout, block)
+    for entry in layout.entries:
+        pack_entry(layout, entry.name, read(entry.name), block)
+    return block
 
 
 def _map(path: Path, descriptor: int) -> Tensor:
@@ -261,7 +322,7 @@ def _until_full(view: memoryview, move: Callable[[memoryview], int | None]) -> i
     """Call ``move`` on what is left of ``view`` until nothing is, or nothing more comes."""
     done = 0
     while done < len(view):
-        count = move(view[done : done + _MAX_PIECE_BYTES])
+        count = move(view[done : done + _MAX_TRANSFER_BYTES])
         if not count:
             break
         done += count

@@ -6,7 +6,8 @@ tensor per block, named like the block, in the order in which the blocks are use
 * ``diffsynth_packed``: the format version;
 * ``identity``: what the file was made of (:class:`diffsynth.vram.identity.Identity`);
 * ``layouts``: for every block, where the tensors lie in it;
-* ``crc32``: for every block, the checksum of its bytes;
+* ``piece_bytes`` and ``crc32``: for every block, the checksums of its pieces of that size, so that several
+  threads can read and check one block;
 * ``checksum``: SHA-256 of the whole header and its length, this value being zeros.
 
 So every byte of the file is covered by a checksum.
@@ -15,11 +16,11 @@ So every byte of the file is covered by a checksum.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffsynth.errors import CheckpointError
 from diffsynth.vram.blocks import BlockLayout
@@ -27,6 +28,11 @@ from diffsynth.vram.identity import FORMAT_VERSION, Identity
 
 PAGE = 4096
 """The first block begins at a multiple of so many bytes of the file."""
+PIECE_BYTES = 2**25
+"""Size of the pieces that have a checksum each: large enough for a disk, small enough to share out."""
+
+Checksums: TypeAlias = Mapping[str, Sequence[int]]
+"""CRC-32 of every piece of every block."""
 
 _VERSION_KEY = "diffsynth_packed"
 _NO_CHECKSUM = "0" * 64
@@ -40,6 +46,7 @@ class PackedHeader:
     identity: Identity
     layouts: Mapping[str, BlockLayout]
     """Layout of every block, in the order of the file."""
+    piece_bytes: int = PIECE_BYTES
 
     @property
     def payload_bytes(self) -> int:
@@ -49,11 +56,17 @@ class PackedHeader:
     @property
     def nbytes(self) -> int:
         """Size of the header, which does not depend on the checksums: a multiple of ``PAGE``."""
-        length = 8 + len(self._text(_NO_CHECKSUM, dict.fromkeys(self.layouts, 0)))
+        unknown = {name: [0] * len(self.pieces(name)) for name in self.layouts}
+        length = 8 + len(self._text(_NO_CHECKSUM, unknown))
         return -(-length // PAGE) * PAGE
 
-    def to_bytes(self, crc32: Mapping[str, int]) -> bytes:
-        """The header as it stands in the file, with the checksum of every block."""
+    def pieces(self, block: str) -> list[slice]:
+        """The bytes of a block that share a checksum, in order."""
+        end = self.layouts[block].nbytes
+        return [slice(b, min(b + self.piece_bytes, end)) for b in range(0, end, self.piece_bytes)]
+
+    def to_bytes(self, crc32: Checksums) -> bytes:
+        """The header as it stands in the file, with the checksums of every block."""
         size = self.nbytes
         blank = _padded(self._text(_NO_CHECKSUM, crc32), size)
         return _padded(self._text(hashlib.sha256(blank).hexdigest(), crc32), size)
@@ -63,12 +76,13 @@ class PackedHeader:
         sizes = (layout.nbytes for layout in self.layouts.values())
         return dict(zip(self.layouts, accumulate(sizes, initial=start), strict=False))
 
-    def _text(self, checksum: str, crc32: Mapping[str, int]) -> bytes:
+    def _text(self, checksum: str, crc32: Checksums) -> bytes:
         metadata = {
             _VERSION_KEY: str(FORMAT_VERSION),
             "checksum": checksum,
             "identity": self.identity.to_json(),
-            "crc32": json.dumps({name: f"{value:08x}" for name, value in crc32.items()}),
+            "piece_bytes": str(self.piece_bytes),
+            "crc32": json.dumps({name: [f"{v:08x}" for v in values] for name, values in crc32.items()}),
             "layouts": json.dumps({name: layout.to_json() for name, layout in self.layouts.items()}),
         }
         return json.dumps({"__metadata__": metadata, **self._table()}, separators=(",", ":")).encode()
@@ -85,10 +99,10 @@ class PackedHeader:
         }
 
     @classmethod
-    def read(cls, path: Path, descriptor: int) -> tuple["PackedHeader", dict[str, int], int]:
+    def read(cls, path: Path, descriptor: int) -> tuple["PackedHeader", Checksums, int]:
         """Read and check a header; the file must be as long as it says.
 
-        Returns: the header, the checksums of the blocks, and the position of the first block.
+        Returns: the header, the checksums, and the position of the first block.
 
         Raises:
             CheckpointError: the file cannot be read, is no packed file, is damaged, cut off, or of another
@@ -114,7 +128,7 @@ class PackedHeader:
         return header, crc32, len(start) + len(text)
 
     @classmethod
-    def _parse(cls, start: bytes, text: bytes) -> tuple["PackedHeader", dict[str, int]]:
+    def _parse(cls, start: bytes, text: bytes) -> tuple["PackedHeader", Checksums]:
         """Header and checksums.  Whatever is wrong raises one of the errors that :meth:`read` translates."""
         table = json.loads(text)
         metadata = table.pop("__metadata__")
@@ -125,9 +139,10 @@ class PackedHeader:
         if metadata[_VERSION_KEY] != str(FORMAT_VERSION):
             raise ValueError(f"format version {metadata[_VERSION_KEY]} instead of {FORMAT_VERSION}")
         layouts = {name: BlockLayout.from_json(t) for name, t in json.loads(metadata["layouts"]).items()}
-        header = cls(Identity.from_json(metadata["identity"]), layouts)
-        crc32 = {name: int(value, 16) for name, value in json.loads(metadata["crc32"]).items()}
-        if table != header._table() or crc32.keys() != layouts.keys():
+        header = cls(Identity.from_json(metadata["identity"]), layouts, int(metadata["piece_bytes"]))
+        crc32 = {name: [int(v, 16) for v in values] for name, values in json.loads(metadata["crc32"]).items()}
+        counts = {name: len(header.pieces(name)) for name in layouts}
+        if table != header._table() or {name: len(values) for name, values in crc32.items()} != counts:
             raise ValueError("its tables do not agree")
         return header, crc32
 

@@ -23,6 +23,8 @@ from diffsynth.vram.identity import Identity, identify
 from diffsynth.vram.packed_file import PackedFile, write_packed
 
 NUM_BLOCKS = 3
+PIECE_BYTES = 1000
+"""So small that most blocks have several pieces, and the last one is shorter."""
 
 
 def make_source(path: Path, seed: int = 0) -> dict[str, Tensor]:
@@ -33,6 +35,7 @@ def make_source(path: Path, seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator)
 
     tensors = {"table": normal(3, 5), "head.weight": normal(4, 33).bfloat16()}
+    tensors["embedding"] = normal(16, 64).bfloat16()  # fills a block of its own to the last byte
     for index in range(NUM_BLOCKS):
         tensors[f"blocks.{index}.linear.weight"] = normal(24, 64).bfloat16()
         tensors[f"blocks.{index}.linear.bias"] = normal(24).bfloat16()
@@ -43,9 +46,9 @@ def make_source(path: Path, seed: int = 0) -> dict[str, Tensor]:
 def layouts(tensors: dict[str, Tensor], format: StorageFormat) -> dict[str, BlockLayout]:
     """One block per index, and the rest; weights of linear layers in ``format``."""
     blocks: dict[str, dict[str, TensorSpec]] = {f"blocks.{i}": {} for i in range(NUM_BLOCKS)}
-    blocks["rest"] = {}
+    blocks |= {"embedding": {}, "rest": {}}
     for name, tensor in tensors.items():
-        block = next((b for b in blocks if name.startswith(f"{b}.")), "rest")
+        block = next((b for b in blocks if f"{name}.".startswith(f"{b}.")), "rest")
         kept = format if name.endswith("linear.weight") else as_is(tensor.dtype)
         blocks[block][name] = TensorSpec(tuple(tensor.shape), tensor.dtype, kept)
     return {name: make_layout(specs) for name, specs in blocks.items()}
@@ -70,7 +73,7 @@ class Network:
 
     def write(self, path: Path, read: Callable[[str], Tensor] | None = None) -> None:
         """Pack to ``path``."""
-        write_packed(path, self.blocks, self.identity(), read or self.read)
+        write_packed(path, self.blocks, self.identity(), read or self.read, piece_bytes=PIECE_BYTES)
 
     def check(self, file: PackedFile, *, mapped: bool = False) -> None:
         """Every tensor must be exactly what its format makes of the source; CheckpointError passes."""
