@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.errors import OutputError
 from diffsynth.loader import ModelConfig, NetworkKind, SafetensorsFile, WeightFiles, find_network
+from diffsynth.loader.meta import without_weights
 from diffsynth.loader.networks import network_spec
 from diffsynth.lora import Lora, linear_shapes, read_lora
 from diffsynth.models.gemma3 import Gemma3Config
@@ -103,7 +104,7 @@ class Dimensions:
                 config = TransformerConfig.from_sections(self.sections)
             else:
                 config = spec.configure(self.sections, {})
-        with torch.device("meta"):
+        with without_weights():
             state = spec.module(config).state_dict()
         return {_official(name, prefixes): tuple(tensor.shape) for name, tensor in state.items()}
 

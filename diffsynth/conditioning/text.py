@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from diffsynth.errors import CheckpointError
@@ -50,20 +51,12 @@ class PromptTokenizer:
         Raises:
             CheckpointError: no tokenizer, or one that cannot be read.
         """
-        from transformers import AutoTokenizer  # slow to import, and only prompts need it
-
         path = find_tokenizer(Path(folder))
         self.files = [p for p in (path / "tokenizer.json", path / "tokenizer.model") if p.is_file()]
         """What decides the ids."""
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}", hint=_HINT) from error
-        if self.tokenizer.bos_token_id is None:
-            raise CheckpointError(f"{path}: the tokenizer has no <bos>, it is not Gemma's", hint=_HINT)
-        self._bos_id = int(self.tokenizer.bos_token_id)
-        pad_id = self.tokenizer.pad_token_id
-        self._pad_id = int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
+        self.tokenizer = _read_tokenizer(path)
+        self._bos_id = self._special_id(path, "<bos>")
+        self._pad_id = self._special_id(path, "<pad>", "<eos>")
 
     def encode(self, text: str, max_length: int = CONTEXT_LENGTH) -> list[int]:
         """Valid token ids, 1 (an empty prompt: just ``<bos>``) to ``max_length`` of them.
@@ -91,8 +84,14 @@ class PromptTokenizer:
         return [self._pad_id] * num_pad + ids, [0] * num_pad + [1] * len(ids)
 
     def _ids(self, text: str) -> list[int]:
-        ids = [int(i) for i in self.tokenizer(text.strip(), verbose=False)["input_ids"]]
-        return ids if ids and ids[0] == self._bos_id else [self._bos_id, *ids]
+        return [self._bos_id, *self.tokenizer.encode(text.strip(), add_special_tokens=False).ids]
+
+    def _special_id(self, path: Path, *names: str) -> int:
+        """The id of the first of ``names`` that is there."""
+        found = [i for name in names if (i := self.tokenizer.token_to_id(name)) is not None]
+        if not found:
+            raise CheckpointError(f"{path}: the tokenizer has no {names[0]}, it is not Gemma's", hint=_HINT)
+        return found[0]
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -107,6 +106,25 @@ def find_tokenizer(folder: Path) -> Path:
             if found:
                 return min(found, key=lambda p: (len(p.parts), p))
     raise CheckpointError(f"{folder}: no tokenizer there", hint=_HINT)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """From ``tokenizer.json``, or converted from ``tokenizer.model``; it neither pads nor cuts."""
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else _converted(folder)
+    except Exception as error:  # the library's parser raises nothing more specific
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}", hint=_HINT) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _converted(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    return tokenizer
 
 
 def encode_prompts(

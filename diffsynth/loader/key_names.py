@@ -6,7 +6,7 @@ knows one naming only.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -174,9 +174,15 @@ def is_lora_key(key: str) -> bool:
 def kinds_in(names: Iterable[str]) -> list[NetworkKind]:
     """The networks of which ``names``, official ones, hold weights, in the order of :class:`NetworkKind`."""
     names = list(names)
-    if names and all(is_lora_key(name) for name in names):
-        return [NetworkKind.LORA]
-    return [kind for kind in NetworkKind if any(_proves(kind, name) for name in names)]
+    return [kind for kind in NetworkKind if holds(kind, names)]
+
+
+def holds(kind: NetworkKind, names: Collection[str]) -> bool:
+    """Whether ``names``, official ones, hold weights of a network; a LoRA is one only when all say so."""
+    is_lora = bool(names) and all(is_lora_key(name) for name in names)
+    if is_lora or kind is NetworkKind.LORA:
+        return is_lora and kind is NetworkKind.LORA
+    return any(_proves(kind, name) for name in names)
 
 
 def belongs(kind: NetworkKind, name: str) -> bool:
@@ -189,8 +195,6 @@ def belongs(kind: NetworkKind, name: str) -> bool:
 
 
 def _proves(kind: NetworkKind, name: str) -> bool:
-    if kind is NetworkKind.LORA:
-        return False  # a LoRA is a LoRA only when all keys say so
     if kind is NetworkKind.GEMMA:
         key = gemma_key(name)
         return key is not None and _GEMMA_LAYER.fullmatch(key) is not None

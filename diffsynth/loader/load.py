@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import CheckpointError
-from diffsynth.loader.key_names import NetworkKind, belongs, kinds_in, official_names
+from diffsynth.loader.key_names import NetworkKind, belongs, holds, official_names
+from diffsynth.loader.meta import without_weights
 from diffsynth.loader.networks import NetworkSpec, network_spec
 from diffsynth.loader.recognise import SCALE_SUFFIXES, recognise, refuse_unsupported, unknown_keys
 from diffsynth.loader.weight_files import WeightFiles
@@ -48,7 +49,7 @@ class NetworkWeights:
 
     def build(self) -> nn.Module:
         """The module on the meta device, in evaluation mode, without gradients."""
-        with torch.device("meta"):
+        with without_weights():
             module = self.spec.module(self.config)
         return module.eval().requires_grad_(False)
 
@@ -144,7 +145,7 @@ def find_network(kind: NetworkKind, files: WeightFiles) -> NetworkWeights:
     """
     refuse_unsupported(files)
     names = official_names(files.shapes)
-    if kind not in kinds_in(names.values()):
+    if not holds(kind, names.values()):
         raise CheckpointError(f"{files.name} holds no {kind}", hint=_INSPECT)
     own = {key: name for key, name in names.items() if belongs(kind, name)}
     spec = network_spec(kind, own.values())

@@ -16,6 +16,7 @@ from diffsynth.loader.key_names import (
     Shapes,
     belongs,
     gemma_key,
+    holds,
     is_gemma_other_part,
     kinds_in,
     official_names,
@@ -201,7 +202,7 @@ def refuse_unsupported(files: WeightFiles) -> None:
         CheckpointError: LTX-2.5 or LTX-Video, the diffusers naming, nvfp4 or packed integers.
     """
     names = list(official_names(files.shapes).values())
-    if kinds_in(names) == [NetworkKind.LORA]:
+    if holds(NetworkKind.LORA, names):
         return
     stated = _stated_version(files)
     if stated is not None and stated > (2, 3):

@@ -21,6 +21,7 @@ from diffsynth.loader import (
     model_version,
     sort_networks,
 )
+from diffsynth.loader.meta import without_weights
 from diffsynth.lora import Lora, linear_shapes, read_lora
 from diffsynth.models.ltx2.upsampler import UpsamplerConfig
 from diffsynth.models.ltx2.video_vae import PerChannelStatistics
@@ -148,7 +149,7 @@ def _statistics(weights: NetworkWeights, device: torch.device, dtype: torch.dtyp
     prefix = "per_channel_statistics."
     own = [name for name in weights.entries if name.startswith(prefix)]
     tensors = {name.removeprefix(prefix): weights.read(name, dtype=dtype, device=device) for name in own}
-    with torch.device("meta"):
+    with without_weights():
         statistics = PerChannelStatistics(weights.config.latent_channels)
     statistics.load_state_dict(tensors, strict=True, assign=True)
     return statistics

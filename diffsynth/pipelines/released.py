@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffsynth.loader.meta import without_weights
 from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from diffsynth.models.ltx2.connectors import TextConnectors, TextConnectorsConfig
@@ -38,7 +39,7 @@ def released_parts(version: ModelVersion, dtype: torch.dtype = torch.bfloat16) -
     config = released_config(FILES[version])
     upsampler = released_config(f"{FILES[version]}-spatial-upscaler-x2")
     video, audio = VideoVAEConfig.from_sections(config), AudioVAEConfig.from_sections(config)
-    with torch.device("meta"):
+    with without_weights():
         return Parts(
             device=torch.device("meta"),
             dtype=dtype,

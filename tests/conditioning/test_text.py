@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -154,9 +155,41 @@ def test_bos_is_added_where_the_tokenizer_does_not(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
     bare = PromptTokenizer(tmp_path)
-    assert bare.tokenizer("a dog")["input_ids"][:1] != [2]
+    assert bare.tokenizer.encode("a dog").ids[:1] != [2]
     assert bare.encode("a dog") == PromptTokenizer(GEMMA).encode("a dog")
     assert len(bare.encode("a dog " * 9, 8)) == 8
+
+
+@pytest.mark.parametrize("folder", [TOKENIZER, GEMMA])
+def test_ids_are_those_of_transformers(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, oracle = PromptTokenizer(folder), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    pieces = ["A", "lake", "  ", "\n", "\t", "7", "\u00e9", "\u6f22", "\u2581", "\U0001f600", "."]
+    pieces += ["<bos>", "<eos>", "<pad>", "<start_of_image>", "<0x0A>", "[multimodal]"]
+    random = Random(0)
+    for count in range(200):
+        text = "".join(random.choices(pieces, k=count % 20))
+        assert ours.encode(text) == oracle(text.strip())["input_ids"], repr(text)
+    assert ours.encode_padded("")[0][0] == oracle.pad_token_id
+
+
+def test_padding_and_cutting_that_the_file_asks_for_do_not_happen(tmp_path: Path) -> None:
+    shutil.copy(GEMMA / "tokenizer_config.json", tmp_path)
+    library = PromptTokenizer(GEMMA).tokenizer
+    library.enable_truncation(4)
+    library.enable_padding(length=32)
+    library.save(str(tmp_path / "tokenizer.json"))
+    for text in ("q", "a dog by a lake at night"):
+        assert PromptTokenizer(tmp_path).encode(text) == PromptTokenizer(GEMMA).encode(text)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    shutil.copy(TOKENIZER / "tokenizer_config.json", tmp_path)
+    text = (TOKENIZER / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace("<bos>", "<s>"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no <bos>, it is not Gemma's"):
+        PromptTokenizer(tmp_path)
 
 
 def test_tokenizer_is_found_in_a_nested_folder(tmp_path: Path) -> None:

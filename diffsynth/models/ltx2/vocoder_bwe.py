@@ -288,7 +288,8 @@ def kaiser_sinc_filter(ratio: int, taps: int) -> Tensor:
     any checkpoint is loaded.
 
     Returns:
-        (1, 1, taps) float32, even, of sum 1: cutoff 0.5 / ratio, half width 0.6 / ratio.
+        (1, 1, taps) float32, even, of sum 1: cutoff 0.5 / ratio, half width 0.6 / ratio.  It lies on the
+        default device.
     """
     half = taps // 2
     attenuation = 2.285 * (half - 1) * math.pi * (4 * 0.6 / ratio) + 7.95
@@ -298,10 +299,11 @@ def kaiser_sinc_filter(ratio: int, taps: int) -> Tensor:
         beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)
     else:
         beta = 0.0
-    window = torch.kaiser_window(taps, periodic=False, beta=beta)
-    time = torch.arange(taps) - half + (0.0 if taps % 2 else 0.5)
+    # Computed on the CPU: on the meta device such arithmetic imports a compiler, which takes seconds.
+    window = torch.kaiser_window(taps, periodic=False, beta=beta, device="cpu")
+    time = torch.arange(taps, device="cpu") - half + (0.0 if taps % 2 else 0.5)
     kernel = window * torch.sinc(time / ratio)
-    return (kernel / kernel.sum()).view(1, 1, taps)
+    return (kernel / kernel.sum()).view(1, 1, taps).to(torch.get_default_device())
 
 
 def kaiser_upsample(x: Tensor, kernel: Tensor, ratio: int) -> Tensor:
