@@ -1,5 +1,6 @@
 """Networks without weights."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,14 @@ from torch.overrides import TorchFunctionMode
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules that are built inside lie on the meta device: names, shapes and dtypes, and no values."""
-    with torch.device("meta"), _NoInitialValues():
-        yield
+    collecting = gc.isenabled()
+    gc.disable()  # all of the many objects stay: to search them again and again takes half of the time
+    try:
+        with torch.device("meta"), _NoInitialValues():
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -1,3 +1,6 @@
+import gc
+
+import pytest
 import torch
 from torch import nn
 
@@ -27,3 +30,14 @@ def test_layers_outside_have_values() -> None:
     second = layers().state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["0.weight"].std() > 0.5
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(collecting: bool) -> None:
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(TypeError), without_weights():
+            nn.Linear("wide", 3)  # type: ignore[arg-type]
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
