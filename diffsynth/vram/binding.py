@@ -116,7 +116,8 @@ def empty_module(module: nn.Module) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         owner_name, _, key = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        placeholder = torch.empty_like(tensor, device="meta", requires_grad=False)
+        # Not empty_like, which imports sympy on the meta device.
+        placeholder = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             owner._parameters[key] = nn.Parameter(placeholder, requires_grad=False)
         else:
