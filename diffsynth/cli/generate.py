@@ -27,6 +27,7 @@ from diffsynth.utils.media_io_ltx2 import check_output_path, write_video_audio_l
 
 logger = logging.getLogger(__name__)
 
+_IN_BYTES: Mapping[str, Any] = {"unit": "B", "unit_scale": True}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _STRENGTH = re.compile(r"(?P<file>.+)=(?P<strength>-?\d*\.?\d+)")
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -168,7 +169,8 @@ def phases(quiet: bool) -> Iterator[OnProgress]:
         if bar is None or progress.done == 0:
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr, unit="step")
+            how: Mapping[str, Any] = {"unit": "step"} if progress.unit == "step" else _IN_BYTES
+            bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr, **how)
         bar.update(progress.done - bar.n)
         if progress.done == progress.total:
             bar.close()

@@ -249,7 +249,8 @@ class LTX2AudioVideoPipeline:
         of PIL images or paths, sounds float tensors (channels, samples) or paths.
 
         Args:
-            progress_bar_cmd: wraps the list of timesteps of each stage; ``lambda x: x`` shows nothing.
+            progress_bar_cmd: wraps the list of timesteps of each stage, and of a network that has to be
+                converted a list of its hundredths; ``lambda x: x`` shows nothing.
             on_progress: called after every step of every phase.
 
         Returns:
@@ -505,6 +506,7 @@ def _needs(units: Iterable[Unit]) -> list[str]:
 
 def _run(unit: Unit, parts: Parts, state: GenerationState) -> None:
     """Run a unit; if the device runs out of memory, again with less, from the last finished step."""
+    parts.memory.convert(unit.needs, state.on_progress)
     while True:
         try:
             unit.run(parts, state)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from diffsynth.device import Backend
@@ -15,6 +16,7 @@ from diffsynth.pipelines.nearest import plan_request
 from diffsynth.pipelines.packing import SLICE, PackedWeights
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.phases import PhaseRun, StageLoras
+from diffsynth.pipelines.progress import OnProgress, Progress
 from diffsynth.pipelines.sizes import model_sizes
 from diffsynth.pipelines.stages import plan_stages
 from diffsynth.pipelines.storage import Storage
@@ -127,6 +129,13 @@ class ManagedMemory:
         self._plan = plan_request(request, self._parts.version, budget, **how)
         self._figures, self._stepped_down, self._phase = [], [], None
         logger.info("%s", _summary(self._plan, budget))
+
+    def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
+        """See :class:`~diffsynth.pipelines.phases.Memory`."""
+        planned = {part for phase in self._plan.phases for part in _parts_of(phase.name)}
+        for part in parts:
+            if part in planned:
+                self._weights.convert(part, partial(_tell_conversion, on_progress, part))
 
     def step_down(self) -> bool:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
@@ -301,6 +310,10 @@ class ManagedMemory:
                 if update.weight_diff is not None or update.bias_diff is not None:
                     items.append(Adapter(None, None, strength, update.weight_diff, update.bias_diff))
         return dict(found)
+
+
+def _tell_conversion(on_progress: OnProgress, part: str, done: int, total: int) -> None:
+    on_progress(Progress(phase=f"convert {part}", done=done, total=total, unit="byte"))
 
 
 def _readable(nbytes: int) -> str:

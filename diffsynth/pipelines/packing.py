@@ -1,6 +1,7 @@
 """The packed weights of a pipeline: how each network is divided, and where its blocks come from."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.file_source import MixedSource
 from diffsynth.vram.formats import AS_IS
 from diffsynth.vram.identity import identify
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile, Progress, write_packed
 from diffsynth.vram.plan import PhasePlan
 from diffsynth.vram.source import BlockSource, RamSource
 
@@ -74,19 +75,34 @@ class PackedWeights:
         parts = [part for part in self._weights if self._cache_of(part) is None]
         return sum(layout.nbytes for part in parts for layout in self.blocks(part).values())
 
+    def convert(self, part: str, progress: Progress | None = None) -> None:
+        """Pack a network, unless that was done before.
+
+        Args:
+            part: its name.
+            progress: told at the beginning and after every block: bytes done, bytes in all.  Nothing is left
+                of what it interrupts by raising.
+
+        Raises:
+            CheckpointError, OutputError: weights cannot be read or converted.
+        """
+        if part in self._files or part in self._in_ram:
+            return
+        cache = self._cache_of(part)
+        if cache is None:
+            self._in_ram[part] = self._packed_in_ram(part, progress)
+        else:
+            self._files[part] = self._packed_file(part, cache, progress)
+
     def source(self, part: str, plan: PhasePlan | None) -> BlockSource:
         """The blocks of a network, as a plan wants them kept; None: all on the disk.
 
         Raises:
             CheckpointError, OutputError: weights cannot be read or converted.
         """
-        cache = self._cache_of(part)
-        if cache is None:
-            if part not in self._in_ram:
-                self._in_ram[part] = self._packed_in_ram(part)
+        self.convert(part)
+        if part in self._in_ram:
             return RamSource(self._in_ram[part], self._backend)
-        if part not in self._files:
-            self._files[part] = self._packed_file(part, cache)
         return MixedSource(
             self._files[part],
             self._backend,
@@ -104,24 +120,39 @@ class PackedWeights:
     def _cache_of(self, part: str) -> PackedCache | None:
         return self._cache if self._weights[part].files.paths else None
 
-    def _packed_file(self, part: str, cache: PackedCache) -> PackedFile:
+    def _packed_file(self, part: str, cache: PackedCache, progress: Progress | None) -> PackedFile:
         weights, blocks = self._weights[part], self.blocks(part)
         policy = self._storage.policy_of(part, self._dtype)
         identity = identify(part, policy, weights.files.paths, blocks)
         reader = _Reader(weights, blocks, self._dtype)
-        return cache.get_or_build(identity, lambda path: write_packed(path, blocks, identity, reader))
 
-    def _packed_in_ram(self, part: str) -> dict[str, tuple[BlockLayout, Tensor]]:
+        def build(path: Path) -> None:
+            if progress is not None:
+                progress(0, _total_bytes(blocks))
+            write_packed(path, blocks, identity, reader, progress=progress)
+
+        return cache.get_or_build(identity, build)
+
+    def _packed_in_ram(self, part: str, progress: Progress | None) -> dict[str, tuple[BlockLayout, Tensor]]:
         blocks = self.blocks(part)
+        done, total = 0, _total_bytes(blocks)
+        tell = progress or (lambda done, total: None)
         reader = _Reader(self._weights[part], blocks, self._dtype)
         packed: dict[str, tuple[BlockLayout, Tensor]] = {}
+        tell(done, total)
         with torch.inference_mode(False):
             for name, layout in blocks.items():
                 memory = self._backend.host_buffer(layout.nbytes, pinned=False)
                 for entry in layout.entries:
                     pack_entry(layout, entry.name, reader(entry.name), memory)
                 packed[name] = (layout, memory)
+                done += layout.nbytes
+                tell(done, total)
         return packed
+
+
+def _total_bytes(blocks: Mapping[str, BlockLayout]) -> int:
+    return sum(layout.nbytes for layout in blocks.values())
 
 
 class _Reader:

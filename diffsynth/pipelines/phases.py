@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from diffsynth.models.ltx2.feature_extractor import Slices
+from diffsynth.pipelines.progress import OnProgress
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
 
@@ -41,6 +42,20 @@ class Memory(Protocol):
         """
         ...
 
+    def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
+        """Bring networks into the form in which they wait, as far as the coming phases need them and they
+        are not there: else the first phase that needs one does it without a word.
+
+        Args:
+            parts: their names; others are ignored.
+            on_progress: told about each that has to be converted, in a phase ``convert NAME``.  What it
+                raises stops the conversion, of which nothing is left.
+
+        Raises:
+            CheckpointError, OutputError: weights cannot be read or converted.
+        """
+        ...
+
     def phase(self, name: str) -> AbstractContextManager[PhaseRun]:
         """The networks of a phase are on the device inside the ``with`` block."""
         ...
@@ -66,6 +81,9 @@ class AllOnDevice:
 
     def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
         """See :class:`Memory`: there is nothing to decide."""
+
+    def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
+        """See :class:`Memory`: there is nothing to convert."""
 
     def step_down(self) -> bool:
         """See :class:`Memory`."""

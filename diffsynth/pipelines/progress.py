@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -33,12 +34,17 @@ class Denoised:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """One step of a phase is done: ``done == 0`` announces the phase, ``done == total`` ends it."""
+    """One step of a phase is done: ``done == 0`` announces the phase, ``done == total`` ends it.
+
+    ``unit`` says what is counted.  The conversion of a network, phase ``convert dit`` for instance, counts
+    bytes, and a step of it is a block.
+    """
 
     phase: str
     done: int
     total: int
     denoised: Denoised | None = None
+    unit: Literal["step", "byte"] = "step"
 
 
 OnProgress = Callable[[Progress], None]
@@ -50,19 +56,38 @@ def ignore(progress: Progress) -> None:
 
 
 ProgressBar = Callable[[Sequence[float]], Iterable[float]]
-"""Wraps the list of timesteps and yields them, as ``tqdm`` does; ``lambda x: x`` shows nothing."""
+"""Wraps a list and yields its items, as ``tqdm`` does; ``lambda x: x`` shows nothing.  The items are the
+timesteps of a denoising loop, or the hundredths of a conversion."""
 
 
 def with_bar(bar: ProgressBar, on_progress: OnProgress) -> OnProgress:
-    """A listener that moves ``bar`` along the timesteps of every denoising loop and passes everything on."""
+    """A listener that moves ``bar`` along denoising loops and conversions and passes everything on.
+
+    Where the bar has a ``set_description``, as that of ``tqdm`` has, a conversion is called by its name.
+    """
     ticks: Iterator[float] = iter(())
+    taken = 0
 
     def listen(progress: Progress) -> None:
-        nonlocal ticks
-        if progress.denoised is not None:
+        nonlocal ticks, taken
+        items = _items(progress)
+        if items is not None:
             if progress.done == 0:
-                ticks = iter(bar([1000 * sigma for sigma in progress.denoised.stage.sigmas[:-1].tolist()]))
-            next(ticks, None)
+                shown, taken = bar(items), 0
+                if progress.unit == "byte" and hasattr(shown, "set_description"):
+                    shown.set_description(progress.phase)
+                ticks = iter(shown)
+            # An item is yielded before its work begins: a bar counts it when the next one is asked for.
+            while taken <= len(items) * progress.done // progress.total:
+                next(ticks, None)
+                taken += 1
         on_progress(progress)
 
     return listen
+
+
+def _items(progress: Progress) -> list[float] | None:
+    """What a bar is moved along; None for a phase that has none."""
+    if progress.denoised is not None:
+        return [1000 * sigma for sigma in progress.denoised.stage.sigmas[:-1].tolist()]
+    return [float(percent) for percent in range(100)] if progress.unit == "byte" else None

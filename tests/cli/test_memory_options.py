@@ -109,6 +109,17 @@ def test_no_cache_writes_nothing_but_the_video(here: Here, output: Path, cache: 
     assert [path.name for path in output.iterdir()] == ["a.mp4"]
 
 
+def test_a_first_start_shows_what_it_converts(here: Here, output: Path) -> None:
+    done = here(*BOAT, "-o", str(output / "a.mp4"), "--vram-limit", "4")
+    assert done.code == 0, done.err
+    for part in ("text_encoder", "text_encoder_post_modules", "dit", "video_vae_decoder"):
+        assert f"convert {part}: 100%" in done.err
+    assert "B/s]" in done.err
+    again = here(*BOAT, "-o", str(output / "a.mp4"), "--vram-limit", "4")
+    assert "convert " not in again.err
+    assert "denoise stage 1: 100%" in again.err
+
+
 def test_the_cache_is_listed_and_cleared(here: Here, output: Path, cache: Path) -> None:
     assert here(*BOAT, "-o", str(output / "a.mp4"), "--quiet", "--vram-limit", "4").code == 0
     (cache / "latents").mkdir(exist_ok=True)
