@@ -142,7 +142,7 @@ class MeasuredMemory(ManagedMemory):
 
     def __init__(self, opened: OpenedModels, row: Row, backend: Backend, assembly: Assembly) -> None:
         weights = {PART_OF[kind]: network for kind, network in opened.networks.items()}
-        storage = row.limits.storage_policy(opened.configs)
+        storage = row.limits.storage_policy(opened.configs, opened.networks)
         cache = PackedCache() if row.limits.cache else None
         on_disk = list(weights) if row.name == "disk" else []
         parts = assembly.parts

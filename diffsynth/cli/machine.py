@@ -29,7 +29,8 @@ HostLimit: TypeAlias = Annotated[
 Storage: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="how weights are stored: bf16, fp8, int8, int4, e4m3 or e5m2; int8 if left out",
+        help="how weights are stored: bf16, fp8, int8, int4, e4m3 or e5m2; if left out int8, or "
+        "fp8 as the file has it where the file is fp8",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -1,15 +1,18 @@
 """``diffsynth plan``: what a generation needs on a machine and how long it takes, without any weights."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 
+from diffsynth.cli import machine
 from diffsynth.errors import RequestError
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.gpus import GpuClass
-    from diffsynth.pipelines.parts import ModelVersion
+    from diffsynth.pipelines.parts import ModelVersion, Parts
+    from diffsynth.pipelines.storage import Storage
     from diffsynth.request import GenerateRequest
     from diffsynth.vram.plan import PhasePlan, Plan
 
@@ -22,6 +25,7 @@ MODES: Mapping[str, tuple[bool, bool]] = {
     "distilled": (True, True),
 }
 """Name -> two stages, distilled checkpoint."""
+DEFAULT_MODEL = "ltx-2.3"
 MACHINE = "Machine"
 DEFAULT_TFLOPS = 20.0
 DEFAULT_LINK_GB_PER_S = 12.5
@@ -44,18 +48,23 @@ def plan(
         float | None, typer.Option(help="host memory to stay under, in GB", rich_help_panel=MACHINE)
     ] = None,
     disk: Annotated[float, typer.Option(help="large reads in GB/s", rich_help_panel=MACHINE)] = 3.5,
-    model: Annotated[str, typer.Option(help="ltx-2 or ltx-2.3")] = "ltx-2.3",
+    model: Annotated[str | None, typer.Option(help="ltx-2 or ltx-2.3; ltx-2.3 if left out")] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="instead of --model: files that are here (a path, or MODEL_ID:FILE_PATTERN), of which the "
+            "headers are read; what they lack is taken from the released model"
+        ),
+    ] = None,
     mode: Annotated[str, typer.Option(help="one-stage, two-stage or distilled")] = "one-stage",
     height: Annotated[int, typer.Option(help="height in pixels")] = 512,
     width: Annotated[int, typer.Option(help="width in pixels")] = 768,
     num_frames: Annotated[int, typer.Option("--num-frames", "--frames", help="number of frames: 8k+1")] = 121,
-    storage: Annotated[
-        str, typer.Option(help="how weights are stored: bf16, fp8, int8, int4, e4m3 or e5m2")
-    ] = "int8",
+    storage: machine.Storage = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Predict memory and time of a generation on a machine; nothing is downloaded or loaded."""
-    version = _chosen("model", model, MODELS)
+    subject = _subject(model, checkpoint or (), storage)
     request = _request(mode, height, width, num_frames)
     for option, value in (("disk", disk), ("host-limit", host_limit)):
         _check_positive(option, value)
@@ -64,14 +73,58 @@ def plan(
     from diffsynth.pipelines.nearest import plan_request
 
     budget = card.budget(host_gb=host_limit, disk_gb_per_s=disk)
-    found = plan_request(request, version, budget, storage=storage)
+    found = plan_request(request, subject.version, budget, storage=subject.storage, parts=subject.parts)
+    stored = subject.stored
     if as_json:
-        asked = {"gpu": card.name, "model": model, "mode": mode, "storage": storage}
+        asked = {"gpu": card.name, "model": subject.model, "mode": mode, "storage": stored}
         size = {"height": height, "width": width, "num_frames": num_frames}
         limits = {"vram_limit_bytes": budget.vram_bytes, "host_limit_bytes": budget.host_bytes}
         _print_json({**asked, **size, **limits, **found.to_dict()})
         return
-    _show(found, f"{model} {mode} {width}x{height}x{num_frames}, {storage}, {card.name}: predicted")
+    _show(found, f"{subject.model} {mode} {width}x{height}x{num_frames}, {stored}, {card.name}: predicted")
+
+
+class _Subject(NamedTuple):
+    """What a plan is about; ``parts`` None: the released networks."""
+
+    model: str
+    version: "ModelVersion"
+    storage: "Storage"
+    stored: str
+    """``storage`` in a word."""
+    parts: "Parts | None" = None
+
+
+def _subject(model: str | None, checkpoint: Sequence[str], storage: str | None) -> _Subject:
+    """A released model, or files that are here.
+
+    Raises:
+        RequestError: an unknown name, or one that is not that of the files.
+        CheckpointError: files that cannot be used.
+    """
+    version = _chosen("model", model or DEFAULT_MODEL, MODELS)
+
+    from diffsynth.pipelines.limits import DEFAULT_STORAGE, MemoryLimits
+    from diffsynth.pipelines.storage import Storage
+
+    if not checkpoint:
+        stored = storage or DEFAULT_STORAGE
+        return _Subject(model or DEFAULT_MODEL, version, Storage.named(stored), stored)
+    import torch
+
+    from diffsynth.cli.generate import model_config
+    from diffsynth.pipelines.assemble import open_models
+    from diffsynth.pipelines.released import completed
+
+    opened = open_models([replace(model_config(name), skip_download=True) for name in checkpoint])
+    if model is not None and version != opened.version:
+        raise RequestError(f"--model={model}, but the files are of another", hint="leave --model out")
+    policy = MemoryLimits(storage=storage).storage_policy(opened.configs, opened.networks)
+    parts = completed(opened.outline(torch.device("meta"), torch.bfloat16).parts)
+    name = next(name for name, each in MODELS.items() if each == opened.version)
+    followed = policy != Storage.named(storage or DEFAULT_STORAGE)
+    stored = f"{policy.transformer} as in the file" if followed else storage or DEFAULT_STORAGE
+    return _Subject(name, opened.version, policy, stored, parts)
 
 
 def _request(mode: str, height: int, width: int, num_frames: int) -> "GenerateRequest":

@@ -81,22 +81,35 @@ class NetworkWeights:
         as_stored = not floating or (keep_float32 and stored == "F32")
         return self.files.read(key, None if as_stored else dtype, device)
 
-    def is_scaled_float8(self, name: str) -> bool:
-        """Whether the file stores the parameter as float8 e4m3 with a factor, as official fp8 files do."""
-        key, scale_key = self.entries[name]
-        return scale_key is not None and self.files.dtypes[key] == "F8_E4M3"
+    def is_float8(self, name: str) -> bool:
+        """Whether the file stores the parameter as float8 e4m3; official fp8 files have a factor with it."""
+        return self.files.dtypes[self.entries[name].key] == "F8_E4M3"
 
-    def read_scaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """The stored values and their factors (float32, one or one per output row), unconverted.
+    def read_float8(self, name: str) -> tuple[Tensor, Tensor]:
+        """A float8 e4m3 weight as it is stored, and its factors: :meth:`read` is their product.
+
+        Returns:
+            The weight (out, ...), every byte as in the file; (out,) float32 factors of its rows: the one of
+            the file for all, or 1 where the file has none.
 
         Raises:
             CheckpointError: as :meth:`read`.
-            ValueError: the parameter has no factor.
+            ValueError: the parameter is stored otherwise.
         """
+        if not self.is_float8(name):
+            raise ValueError(f"{name} is not stored as float8 e4m3")
         key, scale_key = self.entries[name]
-        if scale_key is None:
-            raise ValueError(f"{name} is stored without a factor")
-        return self.files.read(key, None), _factors(self.files, key, scale_key)
+        factors = torch.ones(()) if scale_key is None else _factors(self.files, key, scale_key)
+        return self.files.read(key), factors.reshape(-1).expand(self.files.shapes[key][0]).contiguous()
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of all parameters with two dimensions that are called ``weight``."""
+        return [
+            name
+            for name, entry in self.entries.items()
+            if name.endswith(".weight") and len(self.files.shapes[entry.key]) == 2
+        ]
 
 
 def load_network(

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from diffsynth.device import Backend
 from diffsynth.errors import RequestError
-from diffsynth.loader import ModelConfig, NetworkKind
+from diffsynth.loader import ModelConfig, NetworkKind, NetworkWeights
 from diffsynth.pipelines.states import asks_for_management, storage_for
 from diffsynth.pipelines.storage import Storage
 from diffsynth.vram.link import Speeds, machine_budget, machine_speeds
@@ -47,7 +47,9 @@ class MemoryLimits:
     Attributes:
         vram_limit: GB of 2**30 bytes, "auto" (what is free now), the name of a :class:`VRAMPreset`, or None.
         host_limit: GB of host memory for the whole process; None: what is free now.
-        storage: name of a storage format; None: what ``model_configs`` say, else int8.
+        storage: name of a storage format; None: what ``model_configs`` say, else that of the preset, or int8.
+            A network whose file holds linear weights as float8 e4m3 is stored as the file has it instead of
+            int8, see :meth:`~diffsynth.pipelines.storage.Storage.following`.
         cache: whether converted weights are kept on the disk; otherwise they are packed into host memory.
     """
 
@@ -77,12 +79,20 @@ class MemoryLimits:
         given = (self.vram_limit, self.host_limit, self.storage)
         return given != (None, None, None) or any(map(asks_for_management, configs.values()))
 
-    def storage_policy(self, configs: Mapping[NetworkKind, ModelConfig]) -> Storage:
-        """Formats: those that ``storage`` names, else those of the configurations, else of the preset."""
+    def storage_policy(
+        self, configs: Mapping[NetworkKind, ModelConfig], networks: Mapping[NetworkKind, NetworkWeights]
+    ) -> Storage:
+        """Formats: those that ``storage`` names, else those of the configurations, else the default.
+
+        Args:
+            configs: by network, the configuration that named its file.
+            networks: by network, where its tensors lie.
+        """
         if self.storage is not None:
             return Storage.named(self.storage)
         preset = self._preset()
-        return storage_for(Storage.named(preset.storage if preset else DEFAULT_STORAGE), configs)
+        name = preset.storage if preset else DEFAULT_STORAGE
+        return storage_for(Storage.named(name), configs, networks if name == DEFAULT_STORAGE else {})
 
     def budget(self, backend: Backend) -> Budget:
         """What a plan may use on this machine now.

@@ -131,9 +131,10 @@ class LTX2AudioVideoPipeline:
             vram_limit: device memory to stay under, in GB (2**30 bytes); "auto" for what is free now; or the
                 name of a :class:`~diffsynth.pipelines.limits.VRAMPreset`, such as "8gb".
             host_limit: host memory to stay under, in GB; what is free now if None.
-            storage: format of the weights while they wait: bf16, int8, int4, fp8, e4m3 or e5m2.  With this or
-                a limit, or with states in ``model_configs`` that ask for it, weights come to the device block
-                by block; with none of them they all lie there.
+            storage: format of the weights while they wait: bf16, int8, int4, fp8, e4m3 or e5m2; if None int8,
+                or for networks of an fp8 file what that file has.  With this or a limit, or with states in
+                ``model_configs`` that ask for it, weights come to the device block by block; with none of
+                them they all lie there.
             cache: keep converted weights on the disk, so that the next start is quick.
             loras: files and strengths, activated as :meth:`load_lora` does; they are read before any weight.
             request: one that will be made: if these files cannot serve it, the error comes before any weight

@@ -22,7 +22,7 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
     """
     assembly = opened.hold(device, dtype)
     backend = backend_for(device)
-    storage = limits.storage_policy(opened.configs)
+    storage = limits.storage_policy(opened.configs, opened.networks)
     if limits.cache:
         assembly.parts.prompt_cache = _prompt_cache(opened, storage, dtype)
     assembly.parts.memory = ManagedMemory(
@@ -40,11 +40,12 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
 def _prompt_cache(opened: OpenedModels, storage: Storage, dtype: torch.dtype) -> PromptCache | None:
     """For encodings of this text model; None when it does not come from files."""
     kinds = (NetworkKind.GEMMA, NetworkKind.TEXT_CONNECTORS)
-    networks = [opened.networks[kind] for kind in kinds if kind in opened.networks]
-    files = [path for weights in networks for path in weights.files.paths]
-    if opened.tokenizer is None or len(networks) < len(kinds) or not all(w.files.paths for w in networks):
+    networks = {PART_OF[kind]: opened.networks[kind] for kind in kinds if kind in opened.networks}
+    found = networks.values()
+    if opened.tokenizer is None or len(networks) < len(kinds) or not all(w.files.paths for w in found):
         return None
-    formats = "; ".join(storage.policy_of(PART_OF[kind], dtype) for kind in kinds)
+    files = [path for weights in found for path in weights.files.paths]
+    formats = "; ".join(storage.policy_of(part, weights, dtype) for part, weights in networks.items())
     return PromptCache(
         default_folder().parent / "prompts",
         files=[*files, *opened.tokenizer.files],

@@ -13,7 +13,7 @@ from diffsynth.vram.binding import REST
 from diffsynth.vram.blocks import BlockLayout, pack_entry
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.file_source import MixedSource
-from diffsynth.vram.formats import AS_IS
+from diffsynth.vram.formats import AS_IS, SCALE, StorageFormat
 from diffsynth.vram.identity import identify
 from diffsynth.vram.packed_file import PackedFile, Progress, write_packed
 from diffsynth.vram.plan import PhasePlan
@@ -122,7 +122,7 @@ class PackedWeights:
 
     def _packed_file(self, part: str, cache: PackedCache, progress: Progress | None) -> PackedFile:
         weights, blocks = self._weights[part], self.blocks(part)
-        policy = self._storage.policy_of(part, self._dtype)
+        policy = self._storage.policy_of(part, weights, self._dtype)
         identity = identify(part, policy, weights.files.paths, blocks)
         reader = _Reader(weights, blocks, self._dtype)
 
@@ -158,12 +158,16 @@ def _total_bytes(blocks: Mapping[str, BlockLayout]) -> int:
 class _Reader:
     """Reads the tensors of packed blocks from a checkpoint, one at a time.
 
-    Weights that will be quantised are read in float32, which every stored dtype fits into exactly.  Slices
-    are cut from their projections, which are kept until the next tensor that is none.
+    Weights that will be quantised are read in float32, which every stored dtype fits into exactly; float8
+    that will be fp8 is taken over as it is stored, with a factor for each row.  Slices are cut from their
+    projections, which are kept until the next tensor that is none.
     """
 
     def __init__(
-        self, weights: NetworkWeights, blocks: Mapping[str, BlockLayout], dtype: torch.dtype
+        self,
+        weights: NetworkWeights,
+        blocks: Mapping[str, BlockLayout],
+        dtype: torch.dtype,
     ) -> None:
         self._weights = weights
         self._dtype = dtype
@@ -171,12 +175,15 @@ class _Reader:
         self._states = sum(name.startswith("slices.") for name in blocks)
         self._projections: dict[str, Tensor] = {}
 
-    def __call__(self, name: str) -> Tensor:
+    def __call__(self, name: str) -> Tensor | Mapping[str, Tensor]:
         projection, colon, index = name.partition(":")
         if colon:
             if projection not in self._projections:
                 self._projections[projection] = self._weights.read(projection, dtype=self._dtype)
             return self._projections[projection][:, int(index) :: self._states].contiguous()
         self._projections.clear()
-        as_is = self._formats[name] in AS_IS
-        return self._weights.read(name, dtype=self._dtype if as_is else torch.float32)
+        format = self._formats[name]
+        if format is StorageFormat.FP8 and self._weights.is_float8(name):
+            values, factors = self._weights.read_float8(name)
+            return {"": values, SCALE: factors}
+        return self._weights.read(name, dtype=self._dtype if format in AS_IS else torch.float32)

@@ -21,6 +21,12 @@ from diffsynth.pipelines.prompt_cache import PromptCache
 
 ModelVersion = Literal["2.0", "2.3"]
 
+NETWORKS = (
+    *("text_encoder", "text_encoder_post_modules", "dit", "video_vae_encoder", "video_vae_decoder"),
+    *("audio_vae_encoder", "audio_vae_decoder", "audio_vocoder", "upsampler"),
+)
+"""Parts that hold weights."""
+
 
 @dataclass(kw_only=True)
 class Parts:

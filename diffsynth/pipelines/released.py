@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffsynth.models.ltx2.upsampler import LatentUpsampler, UpsamplerConfig
 from diffsynth.models.ltx2.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from diffsynth.models.ltx2.vocoder import Vocoder, VocoderConfig
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWE, VocoderBWEConfig
-from diffsynth.pipelines.parts import ModelVersion, Parts
+from diffsynth.pipelines.parts import NETWORKS, ModelVersion, Parts
 
 FILES: Mapping[ModelVersion, str] = {"2.0": "ltx-2", "2.3": "ltx-2.3"}
 """Version -> name of its configuration; its upsampler's is ``NAME-spatial-upscaler-x2``."""
@@ -54,6 +55,13 @@ def released_parts(version: ModelVersion, dtype: torch.dtype = torch.bfloat16) -
             audio_vocoder=_vocoder(config, version),
             upsampler=LatentUpsampler(UpsamplerConfig.from_sections(upsampler)),
         )
+
+
+def completed(parts: Parts) -> Parts:
+    """``parts`` with the released networks of the same version, on the meta device, where it has none."""
+    released = released_parts(parts.version, parts.dtype)
+    missing = {name: getattr(released, name) for name in NETWORKS if getattr(parts, name) is None}
+    return replace(parts, **missing)
 
 
 def _vocoder(config: Mapping[str, Any], version: ModelVersion) -> Vocoder | VocoderBWE:

@@ -15,7 +15,7 @@ from diffsynth.models.ltx2.upsampler import UpsamplerConfig
 from diffsynth.models.ltx2.video_vae_config import VideoVAEConfig
 from diffsynth.models.ltx2.vocoder import VocoderConfig
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWEConfig
-from diffsynth.pipelines.parts import ModelVersion, Parts
+from diffsynth.pipelines.parts import NETWORKS, ModelVersion, Parts
 from diffsynth.pipelines.released import released_parts
 from diffsynth.pipelines.storage import Storage, part_layouts
 from diffsynth.vram.blocks import BlockLayout
@@ -25,12 +25,6 @@ from diffsynth.vram.linear import decoded_bytes, needs_decoding
 ConfigT = TypeVar("ConfigT")
 
 FLOAT8_VALUES = 256
-
-NETWORKS = (
-    *("text_encoder", "text_encoder_post_modules", "dit", "video_vae_encoder", "video_vae_decoder"),
-    *("audio_vae_encoder", "audio_vae_decoder", "audio_vocoder", "upsampler"),
-)
-"""Parts that hold weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@
 | ``onload_device``, ``preparing_device``      | nothing: what is resident and what streams is planned     |
 | ``computation_device``, ``computation_dtype``| must agree with ``device`` and ``torch_dtype``            |
 
-A configuration with none of them leaves everything to the plan.
+A configuration with none of them leaves everything to the plan, and the format to the default.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,17 +19,12 @@ from dataclasses import replace
 import torch
 
 from diffsynth.errors import RequestError
-from diffsynth.loader import ModelConfig, NetworkKind
-from diffsynth.pipelines.storage import Storage
+from diffsynth.loader import ModelConfig, NetworkKind, NetworkWeights
+from diffsynth.pipelines.assemble import PART_OF
+from diffsynth.pipelines.storage import ROLES, Storage
 from diffsynth.vram.formats import StorageFormat, as_is
 
 _FORMAT_STATES = ("offload", "onload", "preparing")
-_ROLES: Mapping[NetworkKind, tuple[str, ...]] = {
-    NetworkKind.TRANSFORMER: ("transformer", "audio"),
-    NetworkKind.GEMMA: ("text_encoder",),
-    NetworkKind.TEXT_CONNECTORS: ("connectors",),
-}
-"""Network -> the fields of :class:`Storage` that are about it."""
 
 
 def asks_for_management(config: ModelConfig) -> bool:
@@ -41,16 +36,23 @@ def asks_for_management(config: ModelConfig) -> bool:
     )
 
 
-def storage_for(default: Storage, configs: Mapping[NetworkKind, ModelConfig]) -> Storage:
-    """``default`` with the formats that configurations state for their networks."""
+def storage_for(
+    default: Storage,
+    configs: Mapping[NetworkKind, ModelConfig],
+    followed: Mapping[NetworkKind, NetworkWeights],
+) -> Storage:
+    """``default`` with the formats that configurations state for their networks.
+
+    Networks of ``followed`` for which none is stated are stored as :meth:`Storage.following` says.
+    """
     stated: dict[str, StorageFormat] = {}
     for kind, config in configs.items():
-        format = _format(config)
-        if format is None:
-            continue
-        for role in _ROLES.get(kind, ()):
-            stated[role] = format
-    return replace(default, **stated)
+        part, format = PART_OF.get(kind, ""), _format(config)
+        if format is not None:
+            stated |= dict.fromkeys(ROLES.get(part, ()), format)
+        elif kind in followed:
+            default = default.following(part, followed[kind])
+    return replace(default, **stated)  # type: ignore[arg-type]
 
 
 def kept_on_disk(configs: Mapping[NetworkKind, ModelConfig]) -> frozenset[NetworkKind]:

@@ -3,17 +3,21 @@
 A policy gives linear weights a format by the part that they belong to.  What is sensitive stays as it is:
 everything but the weights of linear layers inside blocks, the gates of attention heads (32 rows each), and
 all of the autoencoders, the vocoder and the upsampler.
+
+Files that hold linear weights as float8 e4m3 are followed where nothing else is asked for: those weights are
+stored in fp8, which takes their bytes and factors over, and what the file holds in more bits keeps them.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import nn
 
 from diffsynth.errors import RequestError
+from diffsynth.loader import NetworkWeights
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractor
 from diffsynth.vram.binding import REST, module_layouts
 from diffsynth.vram.blocks import BlockLayout, TensorSpec, make_layout
@@ -28,6 +32,12 @@ _BLOCK_LISTS: Mapping[str, re.Pattern[str]] = {
     "text_encoder_post_modules": re.compile(r"\w+_embeddings_connector\.transformer_1d_blocks\.\d+(?=\.)"),
 }
 """Part -> how the names of its blocks look; networks without blocks come and go as a whole."""
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "dit": ("transformer", "audio"),
+    "text_encoder": ("text_encoder",),
+    "text_encoder_post_modules": ("connectors",),
+}
+"""Part -> the fields of :class:`Storage` that are about it."""
 _ON_HOST = "embed_tokens"
 _GATE = "to_gate_logits"
 _PROJECTION = "text_embedding_projection"
@@ -43,6 +53,8 @@ class Storage:
     """Of the audio stream and of the attention between the streams, which suffer first from few bits."""
     text_encoder: StorageFormat
     connectors: StorageFormat
+    unquantised: frozenset[str] = frozenset()
+    """Weights that stay as they are all the same, by their names in the network."""
 
     @classmethod
     def uniform(cls, format: StorageFormat) -> Self:
@@ -64,27 +76,48 @@ class Storage:
         eight = StorageFormat.INT8
         return cls(transformer=format, audio=eight, text_encoder=format, connectors=eight)
 
-    def policy_of(self, part: str, dtype: torch.dtype) -> str:
-        """A short name for how a part is stored: equal names mean equal formats."""
-        plain = as_is(dtype).value
-        formats: Mapping[str, tuple[StorageFormat, ...]] = {
-            "dit": (self.transformer, self.audio),
-            "text_encoder": (self.text_encoder,),
-            "text_encoder_post_modules": (self.connectors,),
-        }
-        return "-".join(dict.fromkeys([*(f.value for f in formats.get(part, ())), plain]))
+    def following(self, part: str, weights: NetworkWeights) -> Self:
+        """This policy, but a part whose file holds linear weights of blocks as float8 e4m3 as that file has
+        it: those in fp8, the others unquantised."""
+        names = frozenset(self._linears(part, weights))
+        float8 = frozenset(filter(weights.is_float8, names))
+        if not float8:
+            return self
+        formats = dict.fromkeys(ROLES[part], StorageFormat.FP8)
+        return replace(self, unquantised=self.unquantised | (names - float8), **formats)
+
+    def taken_over(self, part: str, weights: NetworkWeights) -> frozenset[str]:
+        """Linear weights whose bytes in the file are those that are stored."""
+        return frozenset(
+            name
+            for name in self._linears(part, weights)
+            if self.format_of(part, name) is StorageFormat.FP8 and weights.is_float8(name)
+        )
+
+    def policy_of(self, part: str, weights: NetworkWeights, dtype: torch.dtype) -> str:
+        """A short name for how a part is stored: equal names mean that equal files give equal bytes."""
+        words = [str(getattr(self, role)) for role in ROLES.get(part, ())]
+        if not self.unquantised.isdisjoint(weights.entries):
+            words.append("mixed")
+        if self.taken_over(part, weights):
+            words.append("verbatim")
+        return "-".join(dict.fromkeys([*words, as_is(dtype).value]))
 
     def format_of(self, part: str, name: str) -> StorageFormat | None:
         """Storage format of the linear weight ``name`` of a part; None: it stays as it is."""
         pattern = _BLOCK_LISTS.get(part)
         match = pattern.match(name) if pattern else None
-        if match is None or _GATE in name:
+        if match is None or _GATE in name or name in self.unquantised:
             return None
         if part == "text_encoder":
             return self.text_encoder
         if part == "text_encoder_post_modules":
             return self.connectors
         return self.audio if "audio" in name[match.end() :] else self.transformer
+
+    def _linears(self, part: str, weights: NetworkWeights) -> list[str]:
+        """The linear weights of a file that this policy may quantise."""
+        return [name for name in weights.matrices if self.format_of(part, name) is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

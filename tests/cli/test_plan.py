@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from benchmarks.plan_table import BEGIN, END, table
 from diffsynth.cli.plan import plan
 from diffsynth.errors import DiffSynthError, MemoryBudgetError, RequestError
+from diffsynth.loader import ModelConfig
+from diffsynth.pipelines.assemble import open_models
+from diffsynth.pipelines.limits import MemoryLimits
+from diffsynth.pipelines.sizes import model_sizes
+from tests.loader.headers import single_file, single_file_metadata, write_sparse
+from tests.pipelines.float8 import official_float8
 
 ROOT = Path(__file__).parents[2]
 GB = 2**30
@@ -64,6 +71,33 @@ def test_a_card_of_figures_is_that_card() -> None:
     changed = as_json("--gpu", "RTX 4060 8GB", "--tflops", "60.4", "--disk", "0.5")
     assert 1.4 < named["seconds"] / changed["seconds"] < 2.0
     assert changed["load_s"] > named["load_s"]
+
+
+def test_the_plan_of_a_checkpoint_is_that_of_its_header(tmp_path: Path) -> None:
+    """An official fp8 file of real size: 42 blocks in fp8, six in bf16."""
+    entries = official_float8(single_file("2.0"))
+    path = write_sparse(tmp_path / "ltx-2-19b-dev-fp8.safetensors", entries, single_file_metadata("2.0"))
+    try:
+        given = ("--gpu", "RTX 4060 8GB", "--host-limit", "32", "--checkpoint", str(path))
+        found = as_json(*given)
+        int8 = as_json(*given, "--storage", "int8")
+        opened = open_models([ModelConfig(path=path)])
+        policy = MemoryLimits(vram_limit="8gb").storage_policy(opened.configs, opened.networks)
+        sizes = model_sizes(opened.outline(torch.device("meta"), torch.bfloat16).parts, policy)
+        with pytest.raises(RequestError, match=r"--model=ltx-2.3, but the files are of another"):
+            run(*given, "--model", "ltx-2.3")
+        assert "ltx-2 one-stage 768x512x121, fp8 as in the file, RTX 4060 8GB" in run(*given)
+    finally:
+        path.unlink()
+    assert (found["model"], found["storage"]) == ("ltx-2", "fp8 as in the file")
+    blocks = {block.name: block.nbytes for block in sizes.parts["dit"].blocks}
+    large = [f"transformer_blocks.{number}" for number in (0, *range(43, 48))]
+    assert {blocks[name] for name in large} == {772_149_248}
+    assert sum(blocks.values()) == pytest.approx(42 * 0.387e9 + 6 * 0.772e9, rel=2e-3)
+    denoise = next(phase for phase in found["phases"] if phase["name"] == "denoise 1")
+    assert denoise["bytes_per_traversal"] == sum(blocks.values()) - sum(map(blocks.get, denoise["residents"]))  # type: ignore[arg-type]
+    released = as_json("--gpu", "RTX 4060 8GB", "--host-limit", "32", "--model", "ltx-2")
+    assert int8 == released
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:

@@ -1,7 +1,8 @@
 """Small generations under the memory manager, with the weights where a test wants them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -68,11 +69,15 @@ def compute_dtype(storage: str) -> torch.dtype:
     return torch.float32 if storage == "f32" else torch.bfloat16
 
 
-def unmanaged(storage: str) -> LTX2AudioVideoPipeline:
-    """A plain pipeline on the CPU whose weights went through a storage format."""
-    pipe = load(dtype=compute_dtype(storage))
+def unmanaged(
+    storage: str,
+    *models: Path,
+    parts: Sequence[str] = ("dit", "text_encoder", "text_encoder_post_modules"),
+) -> LTX2AudioVideoPipeline:
+    """A plain pipeline on the CPU; the weights of some parts went through a storage format."""
+    pipe = load(*models, dtype=compute_dtype(storage))
     policy = Storage.named(storage)
-    for part in ("dit", "text_encoder", "text_encoder_post_modules"):
+    for part in parts:
         module: nn.Module = getattr(pipe, part)
         for name, layer in module.named_modules():
             format = policy.format_of(part, f"{name}.weight") if isinstance(layer, nn.Linear) else None

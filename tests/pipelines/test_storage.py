@@ -5,9 +5,9 @@ import torch
 
 from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
-from diffsynth.pipelines.parts import Parts
+from diffsynth.pipelines.parts import NETWORKS, Parts
 from diffsynth.pipelines.released import released_parts
-from diffsynth.pipelines.sizes import NETWORKS, ModelSizes, model_sizes, released_sizes
+from diffsynth.pipelines.sizes import ModelSizes, model_sizes, released_sizes
 from diffsynth.pipelines.storage import NAMES, PartLayouts, Storage, part_layouts
 from diffsynth.vram.formats import StorageFormat
 
