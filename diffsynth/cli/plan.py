@@ -70,10 +70,14 @@ def plan(
         _check_positive(option, value)
     card = _card(gpu, vram, tflops, link)
 
+    from diffsynth.pipelines.demand import measured
+    from diffsynth.pipelines.first_start import with_conversion
     from diffsynth.pipelines.nearest import plan_request
 
     budget = card.budget(host_gb=host_limit, disk_gb_per_s=disk)
-    found = plan_request(request, subject.version, budget, storage=subject.storage, parts=subject.parts)
+    sizes = measured(subject.version, subject.storage, subject.parts)
+    found = plan_request(request, subject.version, budget, storage=subject.storage, parts=sizes)
+    found = with_conversion(found, sizes, budget)
     stored = subject.stored
     if as_json:
         asked = {"gpu": card.name, "model": subject.model, "mode": mode, "storage": stored}
@@ -208,6 +212,7 @@ def _show(found: "Plan", title: str) -> None:
         f"peak {_gb(found.peak_vram_bytes)} GB of device memory and {_gb(found.peak_host_bytes)} GB of host "
         f"memory; {found.seconds:.0f} s, of which {found.load_s:.0f} s reading weights"
     )
+    typer.echo(f"the first start converts the weights: {_gb(found.conversion_host_bytes)} GB of host memory")
 
 
 def _row(phase: "PhasePlan") -> tuple[str, ...]:

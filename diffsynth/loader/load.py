@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,10 +76,29 @@ class NetworkWeights:
         key, scale_key = self.entries[name]
         stored = self.files.dtypes[key]
         if scale_key is not None:
-            return _dequantise(self.files, key, scale_key, dtype, torch.device(device))
+            result = torch.empty(self.files.shapes[key], dtype=dtype, device=device)
+            for rows, piece in self.pieces(name, dtype=dtype):
+                result[rows].copy_(piece)
+            return result
         floating = stored.startswith(("F", "BF"))
         as_stored = not floating or (keep_float32 and stored == "F32")
         return self.files.read(key, None if as_stored else dtype, device)
+
+    def pieces(self, name: str, *, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Read one parameter in pieces of whole rows: what :meth:`read` gives, a few megabytes at a time.
+
+        Yields:
+            The range of rows and their values; the memory may be used again for the next piece.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        key, scale_key = self.entries[name]
+        factors = None if scale_key is None else _factors(self.files, key, scale_key)
+        for rows, piece in self.files.pieces(key):
+            if factors is not None:
+                piece = piece.float() * (factors[rows] if factors.ndim else factors)
+            yield rows, piece.to(dtype)
 
     def is_float8(self, name: str) -> bool:
         """Whether the file stores the parameter as float8 e4m3; official fp8 files have a factor with it."""
@@ -261,17 +280,6 @@ def _sidecar(paths: Iterable[Path]) -> dict[str, Any] | None:
                 raise CheckpointError(f"{file}: not JSON ({error})", hint="fetch the file again") from None
             return config if isinstance(config, dict) else None
     return None
-
-
-def _dequantise(
-    files: WeightFiles, key: str, scale_key: str, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """``weight * scale`` with one factor, or one per output row."""
-    factors = _factors(files, key, scale_key)
-    result = torch.empty(files.shapes[key], dtype=dtype, device=device)
-    for rows, piece in files.pieces(key):
-        result[rows].copy_(piece.float() * (factors[rows] if factors.ndim else factors))
-    return result
 
 
 def _factors(files: WeightFiles, key: str, scale_key: str) -> Tensor:

@@ -12,10 +12,11 @@ from diffsynth.errors import MemoryBudgetError
 from diffsynth.loader import NetworkWeights
 from diffsynth.lora import LoraStack
 from diffsynth.pipelines.demand import LoraSize, demands_for
+from diffsynth.pipelines.first_start import planned_parts, with_conversion
 from diffsynth.pipelines.nearest import plan_request
 from diffsynth.pipelines.packing import SLICE, PackedWeights
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.phases import PhaseRun, StageLoras
+from diffsynth.pipelines.phases import PhaseRun, StageLoras, parts_of_phase
 from diffsynth.pipelines.progress import OnProgress, Progress
 from diffsynth.pipelines.sizes import model_sizes
 from diffsynth.pipelines.stages import plan_stages
@@ -60,19 +61,6 @@ class PhaseFigures:
             "stalls": self.traffic.stalls,
             "traversals": self.traffic.traversals,
         }
-
-
-PHASE_PARTS: Mapping[str, tuple[str, ...]] = {
-    "text": ("text_encoder", "text_encoder_post_modules"),
-    "connectors": ("text_encoder_post_modules",),
-    "encode audio": ("audio_vae_encoder",),
-    "encode inputs": ("video_vae_encoder",),
-    "denoise": ("dit",),
-    "upsample": ("upsampler",),
-    "decode video": ("video_vae_decoder",),
-    "decode audio": ("audio_vae_decoder", "audio_vocoder"),
-}
-"""Phase, without its number -> the networks that compute in it."""
 
 
 class ManagedMemory:
@@ -126,13 +114,15 @@ class ManagedMemory:
             "text": [self._num_tokens(prompt) for prompt in prompts],
         }
         self._demands = demands_for(request, self._parts.version, **how)
-        self._plan = plan_request(request, self._parts.version, budget, **how)
+        found = plan_request(request, self._parts.version, budget, **how)
+        packed = filter(self._weights.is_packed, planned_parts(found))
+        self._plan = with_conversion(found, self._sizes, budget, packed=frozenset(packed))
         self._figures, self._stepped_down, self._phase = [], [], None
         logger.info("%s", _summary(self._plan, budget))
 
     def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
-        planned = {part for phase in self._plan.phases for part in _parts_of(phase.name)}
+        planned = planned_parts(self._plan)
         for part in parts:
             if part in planned:
                 self._weights.convert(part, partial(_tell_conversion, on_progress, part))
@@ -144,7 +134,8 @@ class ManagedMemory:
             return False
         used = self._plan.phase(name).peak_vram_bytes
         smaller = self._smaller(name, used)
-        self._plan = Plan(phases=tuple(smaller if p.name == name else p for p in self._plan.phases))
+        phases = tuple(smaller if phase.name == name else phase for phase in self._plan.phases)
+        self._plan = replace(self._plan, phases=phases)
         self._stepped_down.append(name)
         logger.warning(
             "%s: the device ran out of memory with a plan of %s; going on with %s",
@@ -168,7 +159,8 @@ class ManagedMemory:
         self._backend.reset_peak()
         with ExitStack() as stack:
             entered = [
-                self._enter(stack, part, phase, leading=part == phase.part) for part in _parts_of(phase.name)
+                self._enter(stack, part, phase, leading=part == phase.part)
+                for part in parts_of_phase(phase.name)
             ]
             slices = self._enter_slices(stack, phase) if phase.name == "text" else None
             yield PhaseRun(phase.settings, slices)
@@ -326,14 +318,11 @@ def _summary(plan: Plan, budget: Budget) -> str:
     limit = "" if budget.vram_bytes is None else f" of {budget.vram_bytes / GB:.1f}"
     peak, host = plan.peak_vram_bytes / GB, plan.peak_host_bytes / GB
     text = f"memory plan: {peak:.2f}{limit} GB VRAM, {host:.1f} GB RAM"
+    if plan.conversion_host_bytes:
+        text += f", of which converting weights needs {plan.conversion_host_bytes / GB:.1f}"
     for phase in plan.phases:
         if phase.bytes_per_traversal and phase.name.startswith("denoise"):
             streamed = phase.bytes_per_traversal / GB
             text += f"; {phase.name}: {len(phase.residents)} blocks resident, "
             text += f"{streamed:.2f} GB streamed per step, {len(phase.ram_blocks)} blocks in RAM"
     return text
-
-
-def _parts_of(phase: str) -> tuple[str, ...]:
-    name = phase.rstrip("0123456789").rstrip()
-    return PHASE_PARTS[name]

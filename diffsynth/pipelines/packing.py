@@ -1,6 +1,7 @@
 """The packed weights of a pipeline: how each network is divided, and where its blocks come from."""
 
 from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,13 +15,17 @@ from diffsynth.vram.blocks import BlockLayout, pack_entry
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.file_source import MixedSource
 from diffsynth.vram.formats import AS_IS, SCALE, StorageFormat
-from diffsynth.vram.identity import identify
+from diffsynth.vram.identity import Identity, identify
 from diffsynth.vram.packed_file import PackedFile, Progress, write_packed
 from diffsynth.vram.plan import PhasePlan
 from diffsynth.vram.source import BlockSource, RamSource
 
 SLICE = "slices.{}"
 """Name of the block with the slice of the text projections for one hidden state."""
+SLICES_BYTES = 2**29
+"""Of the slices of one text projection that are cut at a time while it is packed."""
+WORKING_BYTES = 2**26
+"""Pieces on their way from the file and to another format."""
 
 
 class PackedWeights:
@@ -94,6 +99,20 @@ class PackedWeights:
         else:
             self._files[part] = self._packed_file(part, cache, progress)
 
+    def is_packed(self, part: str) -> bool:
+        """Whether :meth:`convert` has nothing to do.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be read.
+        """
+        if part in self._files or part in self._in_ram:
+            return True
+        cache = self._cache_of(part)
+        found = None if cache is None else cache.find(self._identity(part))
+        if found is not None:
+            self._files[part] = found
+        return found is not None
+
     def source(self, part: str, plan: PhasePlan | None) -> BlockSource:
         """The blocks of a network, as a plan wants them kept; None: all on the disk.
 
@@ -120,11 +139,14 @@ class PackedWeights:
     def _cache_of(self, part: str) -> PackedCache | None:
         return self._cache if self._weights[part].files.paths else None
 
-    def _packed_file(self, part: str, cache: PackedCache, progress: Progress | None) -> PackedFile:
-        weights, blocks = self._weights[part], self.blocks(part)
+    def _identity(self, part: str) -> Identity:
+        weights = self._weights[part]
         policy = self._storage.policy_of(part, weights, self._dtype)
-        identity = identify(part, policy, weights.files.paths, blocks)
-        reader = _Reader(weights, blocks, self._dtype)
+        return identify(part, policy, weights.files.paths, self.blocks(part))
+
+    def _packed_file(self, part: str, cache: PackedCache, progress: Progress | None) -> PackedFile:
+        blocks, identity = self.blocks(part), self._identity(part)
+        reader = _Reader(self._weights[part], blocks, self._dtype)
 
         def build(path: Path) -> None:
             if progress is not None:
@@ -159,31 +181,65 @@ class _Reader:
     """Reads the tensors of packed blocks from a checkpoint, one at a time.
 
     Weights that will be quantised are read in float32, which every stored dtype fits into exactly; float8
-    that will be fp8 is taken over as it is stored, with a factor for each row.  Slices are cut from their
-    projections, which are kept until the next tensor that is none.
+    that will be fp8 is taken over as it is stored, with a factor for each row.  Every row of a text
+    projection holds columns of all slices, so it is read once for each ``SLICES_BYTES`` of them.
     """
 
     def __init__(
-        self,
-        weights: NetworkWeights,
-        blocks: Mapping[str, BlockLayout],
-        dtype: torch.dtype,
+        self, weights: NetworkWeights, blocks: Mapping[str, BlockLayout], dtype: torch.dtype
     ) -> None:
         self._weights = weights
         self._dtype = dtype
-        self._formats = {e.name: e.format for layout in blocks.values() for e in layout.entries}
-        self._states = sum(name.startswith("slices.") for name in blocks)
-        self._projections: dict[str, Tensor] = {}
+        self._entries = {e.name: e for layout in blocks.values() for e in layout.entries}
+        self._num_slices = sum(name.startswith(SLICE.format("")) for name in blocks)
+        self._slices: dict[str, dict[int, Tensor]] = {}
 
     def __call__(self, name: str) -> Tensor | Mapping[str, Tensor]:
         projection, colon, index = name.partition(":")
         if colon:
-            if projection not in self._projections:
-                self._projections[projection] = self._weights.read(projection, dtype=self._dtype)
-            return self._projections[projection][:, int(index) :: self._states].contiguous()
-        self._projections.clear()
-        format = self._formats[name]
+            return self._slice(projection, int(index))
+        self._slices.clear()
+        format = self._entries[name].format
         if format is StorageFormat.FP8 and self._weights.is_float8(name):
             values, factors = self._weights.read_float8(name)
             return {"": values, SCALE: factors}
         return self._weights.read(name, dtype=self._dtype if format in AS_IS else torch.float32)
+
+    def _slice(self, projection: str, index: int) -> Tensor:
+        if index not in self._slices.get(projection, {}):
+            self._slices.pop(projection, None)
+            self._slices[projection] = self._read_slices(projection, index)
+        return self._slices[projection][index]
+
+    def _read_slices(self, projection: str, first: int) -> dict[int, Tensor]:
+        """The slices from ``first`` on, by index."""
+        shape = self._entries[f"{projection}:{first}"].shape
+        indices = range(first, min(first + slices_at_once(shape, self._dtype), self._num_slices))
+        found = {index: torch.empty(shape, dtype=self._dtype) for index in indices}
+        for rows, piece in self._weights.pieces(projection, dtype=self._dtype):
+            for index, part in found.items():
+                part[rows] = piece[:, index :: self._num_slices]
+        return found
+
+
+def slices_at_once(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """How many slices of a text projection are cut at a time."""
+    return max(1, SLICES_BYTES // (prod(shape) * dtype.itemsize))
+
+
+def conversion_bytes(layouts: PartLayouts, dtype: torch.dtype) -> int:
+    """Host memory that packing a network takes at most, beside what the process has.
+
+    The largest block is put together from its tensors, of which the largest may be there as it was read.  The
+    one tensor of a host block is that block.
+    """
+    blocks = [*layouts.blocks.values(), *layouts.slices, *([layouts.rest] if layouts.rest else [])]
+    block = max((layout.nbytes for layout in blocks), default=0)
+    entries = [e for layout in (*blocks, *layouts.host.values()) for e in layout.entries if ":" not in e.name]
+    sizes = (prod(e.shape) * (dtype if e.format in AS_IS else torch.float32).itemsize for e in entries)
+    cut = sum(
+        min(slices_at_once(e.shape, dtype), len(layouts.slices)) * prod(e.shape) * dtype.itemsize
+        for layout in layouts.slices[:1]
+        for e in layout.entries
+    )
+    return block + max(max(sizes, default=0), cut) + WORKING_BYTES

@@ -17,6 +17,24 @@ StageLoras: TypeAlias = Callable[[Stage], AbstractContextManager[object]]
 """Sets the LoRAs of a stage for as long as it is entered."""
 
 
+PHASE_PARTS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text_encoder", "text_encoder_post_modules"),
+    "connectors": ("text_encoder_post_modules",),
+    "encode audio": ("audio_vae_encoder",),
+    "encode inputs": ("video_vae_encoder",),
+    "denoise": ("dit",),
+    "upsample": ("upsampler",),
+    "decode video": ("video_vae_decoder",),
+    "decode audio": ("audio_vae_decoder", "audio_vocoder"),
+}
+"""Phase, without its number -> the networks that compute in it."""
+
+
+def parts_of_phase(name: str) -> tuple[str, ...]:
+    """The networks that compute in a phase, such as ``denoise 2``."""
+    return PHASE_PARTS[name.rstrip("0123456789").rstrip()]
+
+
 class PhaseRun(NamedTuple):
     """What a unit gets for a phase besides networks that are ready."""
 

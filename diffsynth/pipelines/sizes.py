@@ -15,6 +15,7 @@ from diffsynth.models.ltx2.upsampler import UpsamplerConfig
 from diffsynth.models.ltx2.video_vae_config import VideoVAEConfig
 from diffsynth.models.ltx2.vocoder import VocoderConfig
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWEConfig
+from diffsynth.pipelines.packing import conversion_bytes
 from diffsynth.pipelines.parts import NETWORKS, ModelVersion, Parts
 from diffsynth.pipelines.released import released_parts
 from diffsynth.pipelines.storage import Storage, part_layouts
@@ -48,12 +49,14 @@ class PartSizes:
         rest_bytes: on the device for the whole phase.
         slice_bytes: of the text projections, per hidden state.
         scratch_bytes: for one linear weight on its way to the compute dtype.
+        conversion_bytes: of host memory, while the network is packed.
     """
 
     blocks: tuple[BlockSize, ...] = ()
     rest_bytes: int = 0
     slice_bytes: tuple[int, ...] = ()
     scratch_bytes: int = 0
+    conversion_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -148,6 +151,7 @@ def _part_sizes(name: str, module: nn.Module, parts: Parts, storage: Storage) ->
         rest_bytes=layouts.rest.nbytes if layouts.rest else 0,
         slice_bytes=tuple(layout.nbytes for layout in layouts.slices),
         scratch_bytes=max((_scratch_bytes(layout) for layout in layouts.blocks.values()), default=0),
+        conversion_bytes=conversion_bytes(layouts, parts.dtype),
     )
 
 

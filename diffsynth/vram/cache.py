@@ -74,6 +74,10 @@ class PackedCache:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
 
+    def find(self, identity: Identity) -> PackedFile | None:
+        """The file for ``identity``, if there is one whose header is good."""
+        return self._open(self.folder / identity.file_name, identity)
+
     def get_or_build(self, identity: Identity, build: Callable[[Path], None]) -> PackedFile:
         """Open the file for ``identity``, after making it when there is none that can be used.
 

@@ -64,9 +64,15 @@ class PhasePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The phases of a run in their order."""
+    """The phases of a run in their order.
+
+    Attributes:
+        conversion_host_bytes: of the whole process while weights are brought into the form in which they
+            wait, before the phases that need them; 0: all of them are.
+    """
 
     phases: tuple[PhasePlan, ...]
+    conversion_host_bytes: int = 0
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -75,8 +81,8 @@ class Plan:
 
     @property
     def peak_host_bytes(self) -> int:
-        """Of the phase that needs most."""
-        return max((phase.peak_host_bytes for phase in self.phases), default=0)
+        """Of the phase that needs most, or of a conversion that needs more."""
+        return max([self.conversion_host_bytes, *(phase.peak_host_bytes for phase in self.phases)])
 
     @property
     def seconds(self) -> float:
@@ -100,6 +106,7 @@ class Plan:
         return {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_host_bytes": self.peak_host_bytes,
+            "conversion_host_bytes": self.conversion_host_bytes,
             "seconds": self.seconds,
             "load_s": self.load_s,
             "phases": [phase.to_dict() for phase in self.phases],

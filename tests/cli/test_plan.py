@@ -49,6 +49,7 @@ def test_a_table_names_every_phase_and_the_totals() -> None:
         assert f" {phase} " in printed
     assert "tiles 512/128 px, 128/24 frames" in printed
     assert "GB of device memory and" in printed
+    assert "the first start converts the weights: 4.7 GB of host memory" in printed
 
 
 def test_json_holds_the_question_and_the_plan() -> None:
@@ -57,7 +58,7 @@ def test_json_holds_the_question_and_the_plan() -> None:
     assert (found["height"], found["width"], found["num_frames"]) == (512, 768, 97)
     assert found["vram_limit_bytes"] == pytest.approx(7.2 * GB, rel=1e-6)
     assert found["peak_vram_bytes"] <= found["vram_limit_bytes"]
-    assert found["peak_host_bytes"] <= found["host_limit_bytes"] == 16 * GB
+    assert found["conversion_host_bytes"] <= found["peak_host_bytes"] <= found["host_limit_bytes"] == 16 * GB
     denoise = next(phase for phase in found["phases"] if phase["name"] == "denoise 1")
     assert denoise["num_blocks"] == 48
     assert denoise["residents"][0] == "transformer_blocks.0"
@@ -98,6 +99,12 @@ def test_the_plan_of_a_checkpoint_is_that_of_its_header(tmp_path: Path) -> None:
     assert denoise["bytes_per_traversal"] == sum(blocks.values()) - sum(map(blocks.get, denoise["residents"]))  # type: ignore[arg-type]
     released = as_json("--gpu", "RTX 4060 8GB", "--host-limit", "32", "--model", "ltx-2")
     assert int8 == released
+
+
+def test_host_memory_for_phases_alone_is_refused() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"converts the text_encoder, which needs 4.7") as refused:
+        run("--gpu", "RTX 4090 24GB", "--host-limit", "4.5")
+    assert "later starts need " in refused.value.hint
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
