@@ -37,6 +37,7 @@ from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.file_source import MappedSource
 from diffsynth.vram.plan import PhasePlan
+from diffsynth.vram.planner import Budget
 from diffsynth.vram.source import BlockSource
 from diffsynth.vram.streamer import Traffic
 
@@ -140,13 +141,14 @@ class _MappedWeights(PackedWeights):
 class MeasuredMemory(ManagedMemory):
     """A memory manager that watches its phases.  Its attributes are about the run since :meth:`begin`."""
 
-    def __init__(self, opened: OpenedModels, row: Row, backend: Backend, assembly: Assembly) -> None:
+    def __init__(
+        self, opened: OpenedModels, row: Row, backend: Backend, budget: Budget, assembly: Assembly
+    ) -> None:
         weights = {PART_OF[kind]: network for kind, network in opened.networks.items()}
         storage = row.limits.storage_policy(opened.configs, opened.networks)
         cache = PackedCache() if row.limits.cache else None
         on_disk = list(weights) if row.name == "disk" else []
         parts = assembly.parts
-        budget = row.limits.budget(backend)
         super().__init__(parts, weights, storage, backend, budget, cache=cache, on_disk=on_disk)
         if row.name == "mapped":
             self._weights = _MappedWeights(weights, storage, parts.dtype, backend, cache=cache)
@@ -275,12 +277,14 @@ def measure(row: Row) -> dict[str, Any]:
         _drop_from_file_cache(before)
     limit = row.limits.vram_limit
     capped = isinstance(limit, float) and backend.capabilities.memory_cap
+    budget = row.limits.budget(backend)
     if isinstance(limit, float):
-        backend.set_memory_cap(max(1, int(limit * GB) - backend.capabilities.context_bytes))
+        backend.set_memory_cap(max(1, int(limit * GB) - budget.reserve_bytes))
     result: dict[str, Any] = {"row": row.name, "what": ROWS[row.name], "limits": asdict(row.limits)}
-    result |= {"cap_enforced": capped, "storage": row.storage, "cases": []}
+    result |= {"cap_enforced": capped, "context_bytes": budget.reserve_bytes}
+    result |= {"storage": row.storage, "cases": []}
     with Watch() as watch, ExitStack() as stack:
-        pipe, memory = _pipeline(row, device, backend, stack)
+        pipe, memory = _pipeline(row, device, backend, budget, stack)
         result["opened_s"] = time.perf_counter() - started
         for case in row.cases:
             memory.begin(watch)
@@ -335,7 +339,7 @@ def _measure_case(
 
 
 def _pipeline(
-    row: Row, device: torch.device, backend: Backend, stack: ExitStack
+    row: Row, device: torch.device, backend: Backend, budget: Budget, stack: ExitStack
 ) -> tuple[LTX2AudioVideoPipeline, MeasuredMemory]:
     dimensions = Dimensions.of(row.model, row.layers)
     folder = Path(row.folder)
@@ -345,7 +349,7 @@ def _pipeline(
     if any(case.mode == "two-stage" for case in row.cases):
         assert assembly.parts.dit is not None
         lora = synthetic_lora(dimensions, assembly.parts.dit, folder)
-    memory = MeasuredMemory(opened, row, backend, assembly)
+    memory = MeasuredMemory(opened, row, backend, budget, assembly)
     assembly.parts.memory = memory
     prompts = Path(stack.enter_context(TemporaryDirectory()))
     # New in every row, so that each one encodes its prompts once.

@@ -21,10 +21,12 @@ import torch
 
 from diffsynth.device.accelerators import CudaBackend, MpsBackend, NpuBackend
 from diffsynth.device.base import Backend, Capabilities, Event, MemoryFigures, Stream
+from diffsynth.device.context import CONTEXT_BYTES, measured_context
 from diffsynth.device.host import PINNED, CpuBackend, PinnedBudget, host_memory
 from diffsynth.errors import RequestError
 
 __all__ = [
+    "CONTEXT_BYTES",
     "PINNED",
     "Backend",
     "Capabilities",
@@ -39,6 +41,7 @@ __all__ = [
     "exact_float32",
     "host_memory",
     "is_out_of_memory",
+    "measured_context",
     "register_backend",
     "resolve_device",
     "unregister_backend",

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from diffsynth.device.base import Capabilities, Event, MemoryFigures, Stream, check_copy
+from diffsynth.device.context import CONTEXT_BYTES
 from diffsynth.device.host import SynchronousBackend, host_pages
 
 logger = logging.getLogger(__name__)
-
-CONTEXT_BYTES = 2**29
-"""Published figures lie between 0.3 and 0.5 GB; whoever measures less on a device may say so here."""
 
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
 

@@ -49,7 +49,8 @@ class Capabilities:
     memory_cap: bool = False
     """``set_memory_cap`` is enforced by the allocator."""
     context_bytes: int = 0
-    """What a process takes of the device before its first tensor: driver context, library handles."""
+    """What a process is assumed to take of the device beside its tensors: driver context, library handles.
+    0: nothing; :func:`diffsynth.device.measured_context` finds more where there is more."""
     workspaces: bool = False
     """Libraries take memory beside tensors while they compute, and copies and products are worth timing."""
     max_tensor_bytes: int | None = None

@@ -13,13 +13,12 @@ Usable memory: a driver and a desktop take part of a card, more on a larger one.
 
 from dataclasses import dataclass
 
+from diffsynth.device import CONTEXT_BYTES
 from diffsynth.errors import RequestError
 from diffsynth.vram.planner import GB, Budget
 
 DISK_GB_PER_S = 3.5
 """A common NVMe drive, large reads."""
-RESERVE_GB = 0.5
-"""Device context and handles of the matrix and convolution libraries."""
 PINNED_SHARE = 0.5
 """Of host memory that Linux lets a process page-lock; a prediction does not depend on where it is made."""
 
@@ -52,7 +51,7 @@ class GpuClass:
             link_bytes_per_s=self.link_gb_per_s * 1e9,
             disk_bytes_per_s=disk_gb_per_s * 1e9,
             tflops=self.tflops,
-            reserve_bytes=int(RESERVE_GB * GB),
+            reserve_bytes=CONTEXT_BYTES,
             pin_limit_bytes=0 if host is None else int(host * PINNED_SHARE),
         )
 

@@ -9,7 +9,7 @@ from diffsynth.errors import RequestError
 from diffsynth.loader import ModelConfig, NetworkKind, NetworkWeights
 from diffsynth.pipelines.states import asks_for_management, storage_for
 from diffsynth.pipelines.storage import Storage
-from diffsynth.vram.link import Speeds, machine_budget, machine_speeds
+from diffsynth.vram.link import MachineFigures, machine_budget, machine_figures
 from diffsynth.vram.planner import Budget
 
 GB = 2**30
@@ -97,18 +97,21 @@ class MemoryLimits:
     def budget(self, backend: Backend) -> Budget:
         """What a plan may use on this machine now.
 
+        The first call on a machine measures it; what the context of a device takes can only be measured
+        before the process has a tensor there.
+
         Raises:
             RequestError: "auto" on a device that cannot tell its memory.
         """
-        able = backend.capabilities
-        speeds = machine_speeds(backend) if able.workspaces else Speeds()
+        workspaces = backend.capabilities.workspaces
+        vram_bytes = self._vram_bytes(backend)  # first: measuring loads libraries, which take some
+        figures = machine_figures(backend) if workspaces else MachineFigures()
         return machine_budget(
             backend,
-            speeds,
-            vram_bytes=self._vram_bytes(backend),
+            figures,
+            vram_bytes=vram_bytes,
             host_bytes=None if self.host_limit is None else int(self.host_limit * GB),
-            reserve_bytes=able.context_bytes,
-            workspaces=able.workspaces,
+            workspaces=workspaces,
         )
 
     def _preset(self) -> VRAMPreset | None:
@@ -126,5 +129,7 @@ class MemoryLimits:
                 raise RequestError(
                     f"vram_limit='auto': {backend.device} cannot tell its memory", hint="vram_limit=7.5"
                 )
-            return int(AUTO_SHARE * (memory.free + (memory.reserved or 0)))
+            # A plan counts the context, which asking has made if it was not there.
+            there = memory.free + (memory.reserved or 0) + backend.capabilities.context_bytes
+            return int(AUTO_SHARE * there)
         return None if self.vram_limit is None else int(self.vram_limit * GB)

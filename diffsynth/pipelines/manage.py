@@ -20,8 +20,9 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
     Raises:
         RequestError: limits that cannot be met on this device.
     """
-    assembly = opened.hold(device, dtype)
     backend = backend_for(device)
+    budget = limits.budget(backend)  # first: it measures a device that holds no tensor yet
+    assembly = opened.hold(device, dtype)
     storage = limits.storage_policy(opened.configs, opened.networks)
     if limits.cache:
         assembly.parts.prompt_cache = _prompt_cache(opened, storage, dtype)
@@ -30,7 +31,7 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
         {PART_OF[kind]: weights for kind, weights in opened.networks.items()},
         storage,
         backend,
-        limits.budget(backend),
+        budget,
         cache=PackedCache() if limits.cache else None,
         on_disk=[PART_OF[kind] for kind in kept_on_disk(opened.configs)],
     )

@@ -197,8 +197,8 @@ class ManagedMemory:
         """
         memory = self._backend.memory()
         there = used - 1
-        if memory.free is not None:  # what torch keeps for reuse is free as well
-            there = min(there, memory.free + (memory.reserved or 0))
+        if memory.free is not None:  # so is what torch keeps for reuse, and a plan counts the context
+            there = min(there, memory.free + (memory.reserved or 0) + self._budget.reserve_bytes)
         clearly_less = int(STEP_DOWN * used)
         demand = next(demand for demand in self._demands if demand.name == name)
         budget = replace(self._host_budget(), vram_bytes=there)
@@ -317,7 +317,10 @@ def _summary(plan: Plan, budget: Budget) -> str:
     """What was decided, in one line."""
     limit = "" if budget.vram_bytes is None else f" of {budget.vram_bytes / GB:.1f}"
     peak, host = plan.peak_vram_bytes / GB, plan.peak_host_bytes / GB
-    text = f"memory plan: {peak:.2f}{limit} GB VRAM, {host:.1f} GB RAM"
+    text = f"memory plan: {peak:.2f}{limit} GB VRAM"
+    if budget.reserve_bytes:
+        text += f" ({budget.reserve_bytes / GB:.2f} of it for the device's context)"
+    text += f", {host:.1f} GB RAM"
     if plan.conversion_host_bytes:
         text += f", of which converting weights needs {plan.conversion_host_bytes / GB:.1f}"
     for phase in plan.phases:

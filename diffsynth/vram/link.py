@@ -1,4 +1,6 @@
-"""How fast this machine moves bytes and multiplies matrices: measured once, then remembered.
+"""How fast this machine moves bytes and multiplies matrices, and what it takes to begin with.
+
+All of it is measured once, then remembered.
 
 The figures lie in ``machine.json`` beside the packed files, by device name and versions, so that a new driver
 or another card is measured anew.  Where something cannot be measured a default stands in, and a log line says
@@ -18,15 +20,13 @@ from typing import Any
 
 import torch
 
-from diffsynth.device import PINNED, Backend, host_memory
+from diffsynth.device import PINNED, Backend, host_memory, measured_context
 from diffsynth.vram.cache import default_folder
 from diffsynth.vram.planner import Budget
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "machine.json"
-RESERVE_BYTES = 2**29
-"""Device context and handles of the matrix and convolution libraries."""
 SYSTEM_BYTES = 2 * 2**30
 """Host memory that stays free for others when no limit is given."""
 
@@ -40,7 +40,7 @@ _EFFICIENCY = 0.65  # a whole run reaches about two thirds of the rate of one la
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Speeds:
+class MachineFigures:
     """What a machine reaches.
 
     The defaults are those of a card on PCIe 4.0 x8, an NVMe drive and 15 effective TFLOPS, a small machine.
@@ -49,15 +49,17 @@ class Speeds:
         link_bytes_per_s: from page-locked memory to the device.
         disk_bytes_per_s: large reads from the folder of the packed files.
         tflops: dense products of large bf16 matrices, in 10**12 operations per second, as they are reached.
+        context_bytes: of the device, which a process takes beside its tensors; 0: as assumed for the device.
     """
 
     link_bytes_per_s: float = 12.5e9
     disk_bytes_per_s: float = 3.5e9
     tflops: float = 15.0
+    context_bytes: float = 0.0
 
 
-def machine_speeds(backend: Backend, *, folder: Path | None = None, measure: bool = True) -> Speeds:
-    """The figures of this machine: remembered, measured (about a second), or defaults.
+def machine_figures(backend: Backend, *, folder: Path | None = None, measure: bool = True) -> MachineFigures:
+    """The figures of this machine: remembered, measured (a second or two), or defaults.
 
     Args:
         backend: of the device.
@@ -69,7 +71,10 @@ def machine_speeds(backend: Backend, *, folder: Path | None = None, measure: boo
     known = _read(folder / FILE_NAME)
     values = _figures(known.get(key))
     if measure:
-        ways: Mapping[str, Callable[[], float]] = {
+        ways: dict[str, Callable[[], float]] = {}
+        if backend.capabilities.context_bytes:  # first: the others load libraries, whose growth it looks for
+            ways["context_bytes"] = lambda: measured_context(backend)
+        ways |= {
             "link_bytes_per_s": lambda: link_speed(backend, _LINK_BYTES),
             "disk_bytes_per_s": lambda: disk_speed(folder, _DISK_BYTES),
             "tflops": lambda: matrix_speed(backend, _MATRIX_WIDTHS),
@@ -78,26 +83,24 @@ def machine_speeds(backend: Backend, *, folder: Path | None = None, measure: boo
         values |= {name: value for name, value in fresh.items() if value is not None}
         if any(value is not None for value in fresh.values()):
             _write(folder / FILE_NAME, {**known, key: values})
-    return Speeds(**values)
+    return MachineFigures(**values)
 
 
 def machine_budget(
     backend: Backend,
-    speeds: Speeds,
+    figures: MachineFigures,
     *,
     vram_bytes: int | None = None,
     host_bytes: int | None = None,
-    reserve_bytes: int = RESERVE_BYTES,
     workspaces: bool = True,
 ) -> Budget:
     """What a plan may use here.
 
     Args:
         backend: of the device.
-        speeds: of this machine.
+        figures: of this machine.
         vram_bytes: limit of the process's device memory; None: no limit.
         host_bytes: limit of its host memory; None: what is free now and what the process holds, less 2 GB.
-        reserve_bytes: device memory that tensors do not get.
         workspaces: see :class:`~.planner.Budget`.
     """
     if host_bytes is None:
@@ -106,11 +109,11 @@ def machine_budget(
     return Budget(
         vram_bytes=vram_bytes,
         host_bytes=host_bytes,
-        link_bytes_per_s=speeds.link_bytes_per_s,
-        disk_bytes_per_s=speeds.disk_bytes_per_s,
-        tflops=speeds.tflops,
+        link_bytes_per_s=figures.link_bytes_per_s,
+        disk_bytes_per_s=figures.disk_bytes_per_s,
+        tflops=figures.tflops,
         efficiency=_EFFICIENCY,
-        reserve_bytes=reserve_bytes,
+        reserve_bytes=max(backend.capabilities.context_bytes, int(figures.context_bytes)),
         workspaces=workspaces,
         pin_limit_bytes=PINNED.limit if backend.capabilities.pinned_memory else 0,
     )
@@ -225,7 +228,7 @@ def _figures(values: object) -> dict[str, float]:
     """What was remembered, as far as it makes sense."""
     if not isinstance(values, Mapping):
         return {}
-    names = {field.name for field in fields(Speeds)}
+    names = {field.name for field in fields(MachineFigures)}
     return {
         name: float(value)
         for name, value in values.items()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffsynth.device import Capabilities, Event, MemoryFigures, Stream
+from diffsynth.device import CONTEXT_BYTES, Capabilities, Event, MemoryFigures, Stream
 from diffsynth.device.base import check_copy
 from diffsynth.device.host import host_pages
 from tests.standin.streams import POISON, StandInEvent, StandInStream
@@ -42,6 +42,8 @@ class StandInBackend:
             pinned_memory=True,
             memory_info=True,
             memory_cap=True,
+            context_bytes=CONTEXT_BYTES if self._owner.memory.context else 0,
+            workspaces=self._owner.memory.context > 0,
         )
 
     def empty(self, nbytes: int, *, label: str = "") -> Tensor:
@@ -118,7 +120,7 @@ class StandInBackend:
         memory = self._owner.memory
         return MemoryFigures(
             total=memory.capacity,
-            free=memory.capacity - memory.others - memory.current,
+            free=memory.capacity - memory.others - memory.context - memory.current,
             allocated=memory.current,
             peak_allocated=memory.peak,
             reserved=memory.current,

@@ -27,6 +27,8 @@ class StandIn:
         seed: of the order in which copies arrive.
         strict_dtypes: refuse float64, complex numbers and everything with float8 but moving bytes.
         pin_limit_bytes: host memory that may be page-locked; 0 makes every page-locking fail.
+        context_bytes: of the device, which are never free.
+        library_bytes: which the first operation on two tensors takes, for good.
     """
 
     _current: ClassVar["StandIn | None"] = None
@@ -38,6 +40,8 @@ class StandIn:
         seed: int = 0,
         strict_dtypes: bool = True,
         pin_limit_bytes: int = sys.maxsize,
+        context_bytes: int = 0,
+        library_bytes: int = 0,
     ) -> None:
         self.strict_dtypes = strict_dtypes
         self.lock = threading.RLock()
@@ -45,6 +49,7 @@ class StandIn:
         self.scheduler = Scheduler(seed, self.counters, self.lock)
         capacity = sys.maxsize if capacity_bytes is None else capacity_bytes
         self.memory = Memory(capacity, self.scheduler, self.counters, self.lock)
+        self.memory.context, self.library_bytes = context_bytes, library_bytes
         self.pinned = PinnedBudget(pin_limit_bytes)
         self.backend = StandInBackend(self)
 
@@ -117,6 +122,11 @@ class StandIn:
         """Raise when the device has no such dtype."""
         if self.strict_dtypes and dtype in _MISSING:
             raise UnsupportedOnDeviceError(f"{operation}: the device has no {dtype}")
+
+    def load_libraries(self) -> None:
+        """Take what the libraries of the device take once they are used."""
+        self.memory.context += self.library_bytes
+        self.library_bytes = 0
 
     def sync_compute(self) -> None:
         """The host waits for the compute stream, as it does to learn a value."""

@@ -46,6 +46,8 @@ def _run(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
     known: dict[int, StandInTensor] = {
         id(t.inside): t for t in _tensors((args, kwargs)) if isinstance(t, StandInTensor)
     }
+    if len(known) > 1:
+        owner.load_libraries()
     result = func(*_map(_unwrap, args), **_map(_unwrap, dict(kwargs)))
     if "empty" in name:
         _poison(result)

@@ -43,6 +43,7 @@ class Memory:
         self.capacity = capacity
         self.cap: int | None = None
         self.others = 0
+        self.context = 0
         self.current = 0
         self.peak = 0
         self._scheduler = scheduler
@@ -52,7 +53,7 @@ class Memory:
     @property
     def limit(self) -> int:
         """What the tensors of this process may take together, in bytes."""
-        limit = self.capacity - self.others
+        limit = self.capacity - self.others - self.context
         return limit if self.cap is None else min(limit, self.cap)
 
     def adopt(self, inner: Tensor, label: str) -> Allocation:
