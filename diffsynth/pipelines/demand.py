@@ -365,6 +365,7 @@ def _phase(
         rest_bytes=sizes.rest_bytes,
         scratch_bytes=sizes.scratch_bytes,
         traversals=traversals,
+        on_disk=sizes.on_disk,
         activation_cause=activation_cause,
         weight_cause=weight_cause,
     )

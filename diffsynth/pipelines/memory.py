@@ -86,14 +86,14 @@ class ManagedMemory:
             backend: of the device.
             budget: what plans may use.
             cache: of packed files; None packs into host memory.
-            on_disk: parts of which no block stays in host memory.
+            on_disk: parts of which no block stays in host memory, as far as ``cache`` has them.
         """
         self._parts = parts
         self._backend = backend
         self._budget = budget
-        self._weights = PackedWeights(weights, storage, parts.dtype, backend, cache=cache, on_disk=on_disk)
+        self._weights = PackedWeights(weights, storage, parts.dtype, backend, cache=cache)
         self._storage = storage
-        self._sizes = model_sizes(parts, storage)
+        self._sizes = model_sizes(parts, storage, on_disk=() if cache is None else on_disk)
         self._demands: tuple[PhaseDemand, ...] = ()
         self.loras: LoraStack | None = None
         """Books of the LoRAs of the transformer, which travel with its blocks."""

@@ -1,7 +1,7 @@
 """Sizes of a model: the configuration of every network and the bytes of its blocks in a storage policy."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
@@ -49,6 +49,7 @@ class PartSizes:
         rest_bytes: on the device for the whole phase.
         slice_bytes: of the text projections, per hidden state.
         scratch_bytes: for one linear weight on its way to the compute dtype.
+        on_disk: whether no block may stay in host memory.
         conversion_bytes: of host memory, while the network is packed.
     """
 
@@ -56,6 +57,7 @@ class PartSizes:
     rest_bytes: int = 0
     slice_bytes: tuple[int, ...] = ()
     scratch_bytes: int = 0
+    on_disk: bool = False
     conversion_bytes: int = 0
 
     @property
@@ -121,17 +123,25 @@ class ModelSizes:
         return config
 
 
-def model_sizes(parts: Parts, storage: Storage) -> ModelSizes:
+def model_sizes(parts: Parts, storage: Storage, *, on_disk: Collection[str] = ()) -> ModelSizes:
     """Measure the networks of a pipeline; only names and shapes are read.
 
     Call it before weights are handed to the memory manager: a module may lose its tensors then.
+
+    Args:
+        parts: the networks.
+        storage: how their weights are stored.
+        on_disk: parts of which no block may stay in host memory.
     """
     modules = {name: getattr(parts, name) for name in NETWORKS if getattr(parts, name) is not None}
     return ModelSizes(
         version=parts.version,
         itemsize=parts.dtype.itemsize,
         configs={name: module.config for name, module in modules.items()},
-        parts={name: _part_sizes(name, module, parts, storage) for name, module in modules.items()},
+        parts={
+            name: replace(_part_sizes(name, module, parts, storage), on_disk=name in on_disk)
+            for name, module in modules.items()
+        },
     )
 
 

@@ -91,6 +91,7 @@ class PhaseDemand:
         scratch_bytes: for weights on their way to the compute dtype.
         choices: ways to run it, the preferred one first.
         traversals: of the blocks.
+        on_disk: whether no block may stay in host memory.
         activation_cause, weight_cause: the arguments behind the two kinds of memory, for a refusal.
     """
 
@@ -101,6 +102,7 @@ class PhaseDemand:
     rest_bytes: int = 0
     scratch_bytes: int = 0
     traversals: int = 1
+    on_disk: bool = False
     activation_cause: str = "the request"
     weight_cause: str = "the weights"
 
@@ -290,7 +292,7 @@ def _host_share(
 
     A phase of one traversal keeps nothing: every block comes from the disk once in any case.
     """
-    streamed = placement.streamed if demand.traversals > 1 else ()
+    streamed = placement.streamed if demand.traversals > 1 and not demand.on_disk else ()
     ring = max(_ring_bytes(demand.blocks), demand.rest_bytes)
     fixed = budget.host_base_bytes + choice.host_bytes
     everything = placement.moved_bytes if streamed else 0

@@ -2,17 +2,21 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
+from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import Progress
 from diffsynth.request import GuidanceParams
-from tests.pipelines.placed import SMALL, Placement, make, phases, place, same
-from tests.pipelines.tiny import LORA, load
+from diffsynth.vram.plan import PhasePlan
+from diffsynth.vram.planner import HOST_BASE_BYTES, plan
+from diffsynth.vram.source import RING_BUFFERS
+from tests.pipelines.placed import SMALL, Placement, make, manager, phases, place, same
+from tests.pipelines.tiny import DEV, GEMMA, LORA, load
 from tests.standin import Counters, StandIn
 
 FOUR = GuidanceParams(cfg_scale=3, stg_scale=1, stg_blocks=(1,), modality_scale=3)
@@ -94,6 +98,66 @@ def test_streaming_adds_no_wait_of_the_host(monkeypatch: pytest.MonkeyPatch) -> 
             make(managed(), on_progress=meter, **{**SMALL, "num_inference_steps": 4})
             waits[name] = [step.host_syncs for step in meter.steps]
     assert len(set(map(tuple, waits.values()))) == 1, waits
+
+
+# -- blocks that stay on the disk -------------------------------------------------------------------------
+
+
+def on_disk(**states: Any) -> LTX2AudioVideoPipeline:
+    configs = [ModelConfig(path=DEV, **states), ModelConfig(path=GEMMA)]
+    return LTX2AudioVideoPipeline.from_pretrained(
+        device="standin", model_configs=configs, tokenizer_config=ModelConfig(path=GEMMA), storage="int8"
+    )
+
+
+def test_the_plan_knows_what_stays_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, found = 4, {}
+    for device in ("disk", "cpu"):
+        with StandIn(), monkeypatch.context() as patch:
+            pipe = on_disk(offload_device=device)
+            found[device] = lean = leanest_denoising(pipe, num_inference_steps=steps)
+            placed = Placement(lean.slots, in_ram=bool(lean.ram_blocks), pinned=lean.pinned)
+            place(patch, placed._replace(num_residents=len(lean.residents)))
+            make(pipe, num_inference_steps=steps)
+            figures = phases(pipe)["denoise 1"]
+            part = manager(pipe)._sizes.parts["dit"]
+        largest = max(block.nbytes for block in part.blocks)
+        blocks = [block.nbytes for block in part.blocks if block.name not in lean.residents]
+        assert len(blocks) > 1
+        assert lean.bytes_per_traversal == sum(blocks)
+        ring = HOST_BASE_BYTES + max(RING_BUFFERS * largest, part.rest_bytes)
+        traversals = steps if device == "disk" else 1
+        if device == "disk":
+            assert (lean.ram_blocks, lean.disk_bytes_per_traversal) == ((), sum(blocks))
+            assert lean.peak_host_bytes == ring
+        else:
+            assert (len(lean.ram_blocks), lean.disk_bytes_per_traversal) == (len(blocks), 0)
+            assert lean.peak_host_bytes == ring + sum(blocks)
+        once = part.rest_bytes + sum(b.nbytes for b in part.blocks if b.name in lean.residents)
+        read = figures["bytes_from_disk"] - once
+        ahead = (RING_BUFFERS + lean.slots) * largest if device == "disk" else 0
+        assert traversals * sum(blocks) <= read <= traversals * sum(blocks) + ahead
+    assert found["disk"].peak_vram_bytes == found["cpu"].peak_vram_bytes
+
+
+def test_without_a_file_nothing_can_stay_on_the_disk() -> None:
+    with StandIn():
+        configs = [ModelConfig(path=path, offload_device="disk") for path in (DEV, GEMMA)]
+        pipe = LTX2AudioVideoPipeline.from_pretrained(
+            device="standin", model_configs=configs, tokenizer_config=ModelConfig(path=GEMMA), cache=False
+        )
+        assert not any(part.on_disk for part in manager(pipe)._sizes.parts.values())
+
+
+def leanest_denoising(pipe: LTX2AudioVideoPipeline, **arguments: Any) -> PhasePlan:
+    """The plan of the only denoising phase with as little device memory as it can do with."""
+    make(pipe, **arguments)
+    memory = manager(pipe)
+    demand = next(d for d in memory._demands if d.name == "denoise 1")
+    one = replace(demand, choices=demand.choices[:1])
+    blocks = [block.moved_bytes for block in one.blocks]
+    least = one.rest_bytes + one.scratch_bytes + one.choices[0].activation_bytes + 2 * max(blocks)
+    return plan([one], replace(memory._budget, vram_bytes=least)).phases[0]
 
 
 # -- prompts that are known -------------------------------------------------------------------------------

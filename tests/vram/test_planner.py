@@ -76,6 +76,7 @@ def demands(draw: st.DrawFn) -> PhaseDemand:
     )
     return demand(
         blocks=tuple(Block(f"block.{i}", nbytes, companion) for i, nbytes in enumerate(sizes)),
+        on_disk=draw(st.booleans()),
         rest_bytes=draw(st.integers(0, 100 * MB)),
         scratch_bytes=draw(st.integers(0, 50 * MB)),
         traversals=draw(st.integers(1, 20)),
@@ -237,6 +238,17 @@ def test_what_host_memory_does_not_hold_comes_from_the_disk() -> None:
     for missing, kept in ((1, 3), (400 * MB, 0)):
         less = one(demand(), replace(limits, host_bytes=found.peak_host_bytes - missing))
         assert len(less.ram_blocks) == kept
+
+
+def test_what_stays_on_the_disk_is_read_every_time_and_takes_no_host_memory() -> None:
+    limits = budget(vram_bytes=380 * MB, host_bytes=None, pin_limit_bytes=100_000 * MB)
+    kept, read = one(demand(), limits), one(demand(on_disk=True), limits)
+    assert (kept.disk_bytes_per_traversal, len(kept.ram_blocks)) == (0, 10)
+    assert (read.disk_bytes_per_traversal, read.ram_blocks, read.pinned) == (1000 * MB, (), False)
+    assert read.peak_host_bytes == HOST_BASE + RING_BUFFERS * 100 * MB
+    assert read.peak_host_bytes == kept.peak_host_bytes - 1000 * MB
+    assert read.traversal_s == pytest.approx(0.5)
+    assert read.peak_vram_bytes == kept.peak_vram_bytes
 
 
 def test_residents_need_no_host_memory() -> None:
