@@ -225,6 +225,11 @@ class GenerateRequest:
             )
 
     def _check_size(self) -> None:
+        if self.audio_only and self.use_two_stage_pipeline:
+            raise RequestError(
+                "audio_only has no picture that the second stage could enlarge",
+                hint="use_two_stage_pipeline=False",
+            )
         step = SPATIAL_STEP_PX * (STAGE_1_DIVISOR if self.use_two_stage_pipeline else 1)
         reason = "two stages need" if self.use_two_stage_pipeline else "one stage needs"
         for name in ("height", "width"):

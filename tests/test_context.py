@@ -128,4 +128,4 @@ def test_budgets_leave_room_for_the_context(
         pipe(prompt="a boat", seed=1, progress_bar_cmd=lambda steps: steps, **arguments)
         planned = [phase["planned_vram_bytes"] for phase in pipe.memory_report()["phases"]]
     assert all(reserve < nbytes < 2 * GB for nbytes in planned)
-    assert f"of 2.0 GB VRAM ({reserve / GB:.2f} of it for the device's context)" in caplog.text
+    assert f"of 2.00 GB VRAM ({reserve / GB:.2f} GB of it for the device's context)" in caplog.text

@@ -1,6 +1,7 @@
 """What can be known of a request before anything runs, given the parts of a pipeline: sizes and devices."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -8,10 +9,11 @@ from diffsynth.conditioning.tokens import audio_latent_frames, video_latent_shap
 from diffsynth.device import resolve_device
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.models.ltx2.upsampler import NORM_GROUPS
 from diffsynth.models.ltx2.video_tiling import decode_tiles
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.stages import Stage
-from diffsynth.request import SPATIAL_STEP_PX, GenerateRequest
+from diffsynth.request import SPATIAL_STEP_PX, TEMPORAL_STEP, GenerateRequest
 
 
 def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage]) -> None:
@@ -21,6 +23,8 @@ def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage])
         RequestError: it names the argument.
     """
     _check_smallest(request, parts)
+    if len(stages) > 1 and not request.audio_only:
+        _check_upsampled(request, parts)
     if audio_latent_frames(request.num_frames, request.frame_rate) < 1:
         raise RequestError(
             f"num_frames={request.num_frames} at frame_rate={request.frame_rate} is too short for sound",
@@ -78,3 +82,16 @@ def _check_smallest(request: GenerateRequest, parts: Parts) -> None:
             raise RequestError(
                 f"{name}={getattr(request, name)} is too small for this model's decoder", hint=f"{smallest}"
             )
+
+
+def _check_upsampled(request: GenerateRequest, parts: Parts) -> None:
+    """The upsampler normalises over groups of channels, each of which needs more than one value."""
+    if parts.upsampler is None:
+        return
+    cells = prod(video_latent_shape(request.num_frames, *request.stage_1_size))
+    if cells * parts.upsampler.config.mid_channels == NORM_GROUPS:
+        raise RequestError(
+            f"num_frames={request.num_frames} at height={request.height} and width={request.width} is too "
+            "little for this model's upsampler",
+            hint=f"num_frames={request.num_frames + TEMPORAL_STEP}, or height={2 * request.height}",
+        )

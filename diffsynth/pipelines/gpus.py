@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from diffsynth.device import CONTEXT_BYTES
 from diffsynth.errors import RequestError
-from diffsynth.vram.planner import GB, Budget
+from diffsynth.vram.planner import Budget
+
+GB = 2**30
 
 DISK_GB_PER_S = 3.5
 """A common NVMe drive, large reads."""

@@ -45,7 +45,8 @@ class MemoryLimits:
     """The memory arguments of a pipeline.
 
     Attributes:
-        vram_limit: GB of 2**30 bytes, "auto" (what is free now), the name of a :class:`VRAMPreset`, or None.
+        vram_limit: GB of 2**30 bytes, "auto" (what is free now), the name of a :class:`VRAMPreset`, or None:
+            no limit, whatever else is given.
         host_limit: GB of host memory for the whole process; None: what is free now.
         storage: name of a storage format; None: what ``model_configs`` say, else that of the preset, or int8.
             A network whose file holds linear weights as float8 e4m3 is stored as the file has it instead of

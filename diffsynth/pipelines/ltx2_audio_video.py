@@ -129,7 +129,8 @@ class LTX2AudioVideoPipeline:
             stage2_lora_config: the distilled LoRA, active in the second stage only.
             stage2_lora_strength: its strength.
             vram_limit: device memory to stay under, in GB (2**30 bytes); "auto" for what is free now; or the
-                name of a :class:`~diffsynth.pipelines.limits.VRAMPreset`, such as "8gb".
+                name of a :class:`~diffsynth.pipelines.limits.VRAMPreset`, such as "8gb".  None is no limit,
+                also where other arguments bring weights block by block.
             host_limit: host memory to stay under, in GB; what is free now if None.
             storage: format of the weights while they wait: bf16, int8, int4, fp8, e4m3 or e5m2; if None int8,
                 or for networks of an fp8 file what that file has.  With this or a limit, or with states in

@@ -26,14 +26,13 @@ from diffsynth.vram.adapters import Adapter, Adapters
 from diffsynth.vram.binding import REST
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.managed import ManagedModule
-from diffsynth.vram.plan import PhasePlan, Plan
+from diffsynth.vram.plan import PhasePlan, Plan, readable_bytes
 from diffsynth.vram.planner import Budget, PhaseDemand, fits, plan
 from diffsynth.vram.slices import StreamedSlices
 from diffsynth.vram.streamer import Traffic
 
 logger = logging.getLogger(__name__)
 
-GB = 2**30
 STEP_DOWN = 0.85
 """Share of its last plan's memory that a phase may take after the device ran out for no visible reason."""
 
@@ -140,8 +139,8 @@ class ManagedMemory:
         logger.warning(
             "%s: the device ran out of memory with a plan of %s; going on with %s",
             name,
-            _readable(used),
-            _readable(smaller.peak_vram_bytes),
+            readable_bytes(used),
+            readable_bytes(smaller.peak_vram_bytes),
         )
         return True
 
@@ -308,24 +307,18 @@ def _tell_conversion(on_progress: OnProgress, part: str, done: int, total: int) 
     on_progress(Progress(phase=f"convert {part}", done=done, total=total, unit="byte"))
 
 
-def _readable(nbytes: int) -> str:
-    """Bytes with the unit in which they can be read."""
-    return f"{nbytes / GB:.2f} GB" if nbytes >= GB // 100 else f"{nbytes / 2**20:.2f} MB"
-
-
 def _summary(plan: Plan, budget: Budget) -> str:
     """What was decided, in one line."""
-    limit = "" if budget.vram_bytes is None else f" of {budget.vram_bytes / GB:.1f}"
-    peak, host = plan.peak_vram_bytes / GB, plan.peak_host_bytes / GB
-    text = f"memory plan: {peak:.2f}{limit} GB VRAM"
+    limit = "" if budget.vram_bytes is None else f" of {readable_bytes(budget.vram_bytes)}"
+    text = f"memory plan: {readable_bytes(plan.peak_vram_bytes)}{limit} VRAM"
     if budget.reserve_bytes:
-        text += f" ({budget.reserve_bytes / GB:.2f} of it for the device's context)"
-    text += f", {host:.1f} GB RAM"
+        text += f" ({readable_bytes(budget.reserve_bytes)} of it for the device's context)"
+    text += f", {readable_bytes(plan.peak_host_bytes)} RAM"
     if plan.conversion_host_bytes:
-        text += f", of which converting weights needs {plan.conversion_host_bytes / GB:.1f}"
+        text += f", of which converting weights needs {readable_bytes(plan.conversion_host_bytes)}"
     for phase in plan.phases:
         if phase.bytes_per_traversal and phase.name.startswith("denoise"):
-            streamed = phase.bytes_per_traversal / GB
             text += f"; {phase.name}: {len(phase.residents)} blocks resident, "
-            text += f"{streamed:.2f} GB streamed per step, {len(phase.ram_blocks)} blocks in RAM"
+            text += f"{readable_bytes(phase.bytes_per_traversal)} streamed per step, "
+            text += f"{len(phase.ram_blocks)} blocks in RAM"
     return text

@@ -4,6 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_UNITS = ((2**30, "GB"), (2**20, "MB"), (2**10, "KB"))
+
+
+def readable_bytes(nbytes: int) -> str:
+    """Bytes with two decimals in the largest unit that leaves something before rounding, such as 0.93 GB.
+
+    Units are powers of 1024, as torch and drivers count memory.
+    """
+    size, unit = next((pair for pair in _UNITS if nbytes >= pair[0] // 100), _UNITS[-1])
+    return f"{nbytes / size:.2f} {unit}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhasePlan:

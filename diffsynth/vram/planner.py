@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from diffsynth.errors import MemoryBudgetError
-from diffsynth.vram.plan import PhasePlan, Plan
+from diffsynth.vram.plan import PhasePlan, Plan, readable_bytes
 from diffsynth.vram.source import RING_BUFFERS
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "spread",
 ]
 
-GB = 2**30
-"""Memory in messages is counted as torch and drivers count it."""
 COPY_LATENCY_S = 20e-6
 """Issuing one copy and its two marks."""
 SLOTS = 2
@@ -343,8 +341,8 @@ def _too_small(
     assert limit is not None, "only a limit refuses"
     cause = demand.weight_cause if needed - working > limit else demand.activation_cause
     return MemoryBudgetError(
-        f"{cause}: {demand.name} needs {needed / GB:.2f} GB of {memory} memory, "
-        f"{limit / GB:.2f} GB are allowed",
+        f"{cause}: {demand.name} needs {readable_bytes(needed)} of {memory} memory, "
+        f"{readable_bytes(limit)} are allowed",
         hint=hint,
     )
 

@@ -62,6 +62,11 @@ def refused(kind: type[DiffSynthError], run: Callable[[], object], *words: str) 
         ({"num_inference_steps": 0}, ["num_inference_steps=0"]),
         ({"frame_rate": -24}, ["frame_rate=-24"]),
         ({"num_frames": 1, "frame_rate": 60}, ["num_frames=1", "too short for sound", "num_frames=9"]),
+        (
+            {"num_frames": 1, **TWO_STAGES},
+            ["num_frames=1 at height=64 and width=64 is too little", "num_frames=9, or height=128"],
+        ),
+        ({"audio_only": True, **TWO_STAGES}, ["audio_only", "use_two_stage_pipeline=False"]),
         ({"height": 32}, ["height=32 is too small", "64"]),
         ({"input_images": PICTURES[:1], "input_images_indexes": [9]}, ["input_images_indexes", "0 to 8"]),
         ({"input_images": PICTURES, "input_images_indexes": [8, -1]}, ["input_images_indexes", "twice"]),

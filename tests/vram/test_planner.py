@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffsynth.errors import MemoryBudgetError
+from diffsynth.vram.plan import readable_bytes
 from diffsynth.vram.planner import Block, Budget, Choice, PhaseDemand, PhasePlan, fits, plan, spread
 from diffsynth.vram.source import RING_BUFFERS
 
@@ -335,3 +336,18 @@ def test_a_plan_is_the_sum_of_its_phases_and_becomes_json() -> None:
     values = json.loads(json.dumps(found.to_dict()))
     assert values["phases"][0]["residents"] == list(first.residents)
     assert values["phases"][1]["num_blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0.00 KB"),
+        (9_999, "9.76 KB"),
+        (100_000, "0.10 MB"),
+        (150_000_000, "0.14 GB"),
+        (2**20, "1.00 MB"),
+        (2**33, "8.00 GB"),
+    ],
+)
+def test_bytes_are_said_in_a_unit_that_fits(nbytes: int, text: str) -> None:
+    assert readable_bytes(nbytes) == text
