@@ -120,11 +120,21 @@ def phases(
             # What is given makes a new clean latent of the one that was there, which stays as well.
             before = made + given if given else 0
             yield _holding(_denoise(request, stage, sizes, lora_size), held + before)
-    held += sound
+    yield from decoding_phases(request, sizes)
+
+
+def decoding_phases(request: GenerateRequest, sizes: ModelSizes) -> Iterator[PhaseDemand]:
+    """The last of :func:`phases`: all that is needed once there are final latents.
+
+    Raises:
+        RequestError: tiles that cannot work.
+    """
+    last = plan_stages(request, sizes.version)[-1]
+    held = _statistics_bytes(sizes) + _audio_latent_bytes(request, sizes)
     if not request.audio_only and sizes.has("video_vae_decoder"):
-        yield _holding(_decode_video(request, sizes), held + _second_copy(request, stages[-1], sizes))
+        yield _holding(_decode_video(request, sizes), held + _second_copy(request, last, sizes))
     if sizes.has("audio_vae_decoder") and sizes.has("audio_vocoder"):
-        yield _holding(_decode_audio(request, sizes), held + _latent_bytes(request, stages[-1], sizes))
+        yield _holding(_decode_audio(request, sizes), held + _latent_bytes(request, last, sizes))
 
 
 def _holding(demand: PhaseDemand, nbytes: int) -> PhaseDemand:

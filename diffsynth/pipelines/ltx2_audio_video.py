@@ -363,7 +363,7 @@ class LTX2AudioVideoPipeline:
             video_latent=latents.video,
             audio_latent=latents.audio,
         )
-        self.parts.memory.prepare(request, loras=lambda _: nullcontext(), prompts=())
+        self.parts.memory.prepare_decoding(request)
         return self._decoded(state, dict(latents.record))
 
     def _decoded(self, state: GenerationState, record: dict[str, Any]) -> Result:

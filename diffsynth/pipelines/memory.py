@@ -11,7 +11,7 @@ from diffsynth.device import Backend
 from diffsynth.errors import MemoryBudgetError
 from diffsynth.loader import NetworkWeights
 from diffsynth.lora import LoraStack
-from diffsynth.pipelines.demand import LoraSize, demands_for
+from diffsynth.pipelines.demand import LoraSize, decoding_phases, demands_for
 from diffsynth.pipelines.first_start import planned_parts, with_conversion
 from diffsynth.pipelines.nearest import plan_request
 from diffsynth.pipelines.packing import SLICE, PackedWeights
@@ -113,11 +113,13 @@ class ManagedMemory:
             "text": [self._num_tokens(prompt) for prompt in prompts],
         }
         self._demands = demands_for(request, self._parts.version, **how)
-        found = plan_request(request, self._parts.version, budget, **how)
-        packed = filter(self._weights.is_packed, planned_parts(found))
-        self._plan = with_conversion(found, self._sizes, budget, packed=frozenset(packed))
-        self._figures, self._stepped_down, self._phase = [], [], None
-        logger.info("%s", _summary(self._plan, budget))
+        self._begin(plan_request(request, self._parts.version, budget, **how), budget)
+
+    def prepare_decoding(self, request: GenerateRequest) -> None:
+        """See :class:`~diffsynth.pipelines.phases.Memory`."""
+        budget = self._host_budget()
+        self._demands = tuple(decoding_phases(request, self._sizes))
+        self._begin(plan(self._demands, budget), budget)
 
     def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
@@ -187,6 +189,13 @@ class ManagedMemory:
         self._weights.close()
 
     # -- inside ---------------------------------------------------------------------------------------
+
+    def _begin(self, found: Plan, budget: Budget) -> None:
+        """A new run."""
+        packed = frozenset(filter(self._weights.is_packed, planned_parts(found)))
+        self._plan = with_conversion(found, self._sizes, budget, packed=packed)
+        self._figures, self._stepped_down, self._phase = [], [], None
+        logger.info("%s", _summary(self._plan, budget))
 
     def _smaller(self, name: str, used: int) -> PhasePlan:
         """A plan of a phase that takes less than ``used``: what is there, or clearly less, or at least less.

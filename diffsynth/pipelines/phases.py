@@ -60,6 +60,14 @@ class Memory(Protocol):
         """
         ...
 
+    def prepare_decoding(self, request: GenerateRequest) -> None:
+        """Decide how the phases after the final latents will run, when no others will.
+
+        Raises:
+            MemoryBudgetError: decoding does not fit.
+        """
+        ...
+
     def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
         """Bring networks into the form in which they wait, as far as the coming phases need them and they
         are not there: else the first phase that needs one does it without a word.
@@ -99,6 +107,9 @@ class AllOnDevice:
 
     def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
         """See :class:`Memory`: there is nothing to decide."""
+
+    def prepare_decoding(self, request: GenerateRequest) -> None:
+        """See :class:`Memory`."""
 
     def convert(self, parts: Sequence[str], on_progress: OnProgress) -> None:
         """See :class:`Memory`: there is nothing to convert."""

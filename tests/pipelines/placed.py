@@ -17,7 +17,7 @@ from diffsynth.pipelines.storage import Storage
 from diffsynth.request import GenerateRequest
 from diffsynth.vram.formats import AS_IS, decode, effective_format, encode
 from diffsynth.vram.plan import PhasePlan, Plan
-from diffsynth.vram.planner import fits, spread
+from diffsynth.vram.planner import Budget, PhaseDemand, fits, spread
 from tests.pipelines.tiny import PICTURES, load, pixels
 
 SMALL: Mapping[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
@@ -140,11 +140,16 @@ def smallest_limit(pipe: LTX2AudioVideoPipeline, **arguments: Any) -> int:
     """Device bytes that the leanest plan of a request needs; it is run once for that."""
     make(pipe, **arguments)
     memory = manager(pipe)
+    return smallest_of(memory._demands, memory._budget)
+
+
+def smallest_of(demands: Sequence[PhaseDemand], budget: Budget) -> int:
+    """Device bytes that the leanest plan of some phases needs."""
     low, high = 0, 2**30
     while low < high:
         middle = (low + high) // 2
-        budget = replace(memory._budget, vram_bytes=middle)
-        low, high = (low, middle) if fits(memory._demands, budget) else (middle + 1, high)
+        enough = fits(demands, replace(budget, vram_bytes=middle))
+        low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
 

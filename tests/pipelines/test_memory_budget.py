@@ -4,6 +4,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,19 @@ from diffsynth.errors import MemoryBudgetError, RequestError
 from diffsynth.loader import ModelConfig, SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.progress import Progress
-from tests.pipelines.placed import PICTURED, SMALL, asked, make, manager, phases, same, smallest_limit
-from tests.pipelines.tiny import DEV, LORA, load
+from diffsynth.pipelines.rescue import FinalLatents
+from tests.pipelines.placed import (
+    PICTURED,
+    SMALL,
+    asked,
+    make,
+    manager,
+    phases,
+    same,
+    smallest_limit,
+    smallest_of,
+)
+from tests.pipelines.tiny import DEV, LORA, load, pixels
 from tests.standin import StandIn
 
 GB = 2**30
@@ -140,6 +152,40 @@ def test_weights_that_no_file_holds_count_as_host_memory() -> None:
         with pytest.raises(MemoryBudgetError, match="host memory"):
             make(managed(host_limit=2.5635, cache=False))
         make(managed(host_limit=2.5635))
+
+
+def test_a_card_that_cannot_denoise_can_decode(tmp_path: Path) -> None:
+    sound = {**SMALL, "audio_only": True}  # in this model pictures need more to be decoded than to be made
+    with StandIn():
+        roomy = managed()
+        made = roomy.generate(asked(**sound))
+        latents = tmp_path / "latents.safetensors"
+        FinalLatents.of(made).save(latents)
+        roomy.decode(latents)
+        assert [phase["name"] for phase in roomy.memory_report()["plan"]["phases"]] == ["decode audio"]
+        check_peaks(roomy)
+        limit = smallest_of(manager(roomy)._demands, manager(roomy)._budget)
+    with StandIn(capacity_bytes=limit) as device:
+        small = managed(limit)
+        with pytest.raises(MemoryBudgetError, match=r"needs .* of device memory"):
+            make(small, **sound)
+        decoded = small.decode(latents)
+        assert device.peak_bytes <= limit
+        with pytest.raises(MemoryBudgetError, match="decode audio needs"):
+            managed(limit - 1).decode(latents)
+    assert made.waveform is not None
+    assert decoded.waveform is not None
+    assert torch.equal(decoded.waveform.samples, made.waveform.samples)
+
+
+def test_pictures_are_decoded_within_their_own_plan() -> None:
+    with StandIn():
+        pipe = managed()
+        made = pipe.generate(asked())
+        decoded = pipe.decode(FinalLatents.of(made))
+        assert list(phases(pipe)) == ["decode video", "decode audio"]
+        check_peaks(pipe)
+    assert pixels(decoded.frames or []) == pixels(made.frames or [])
 
 
 # -- running out ------------------------------------------------------------------------------------------
