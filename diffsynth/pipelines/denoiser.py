@@ -28,6 +28,7 @@ class Denoiser:
         positive, negative: contexts of the prompt; ``negative`` may be None when no pass needs it.
         dtype: what the network computes in; the states keep their own dtype.
         chunk_tokens: tokens that a feed-forward handles at once.
+        estimates: x0 by stream of the step before, for streams that sit a step out.
     """
 
     transformer: LTX2Transformer
@@ -38,7 +39,7 @@ class Denoiser:
     conventions: Conventions
     dtype: torch.dtype
     chunk_tokens: int | None = None
-    _last: dict[str, Tensor] = field(default_factory=dict)
+    estimates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(
         self, video: ModalityState | None, audio: ModalityState | None, sigma: float, step: int
@@ -46,8 +47,8 @@ class Denoiser:
         """Guided x0 (B, T, C) of the states that are there, in their dtype."""
         states = {name: state for name, state in (("video", video), ("audio", audio)) if state is not None}
         guidance = {"video": self.video_guidance, "audio": self.audio_guidance}
-        skipped = {n for n in states if n in self._last and skips_step(step, guidance[n].skip_step)}
-        estimates = {name: self._last[name] for name in skipped}
+        skipped = {n for n in states if n in self.estimates and skips_step(step, guidance[n].skip_step)}
+        estimates = {name: self.estimates[name] for name in skipped}
         awake = {name: params for name, params in guidance.items() if name in states.keys() - skipped}
         if awake:
             kinds = guidance_passes(awake.get("video"), awake.get("audio"))
@@ -65,7 +66,7 @@ class Denoiser:
                     for kind, velocity in zip(kinds, velocities, strict=True)
                 }
                 estimates[name] = combine(guidance[name], x0s)
-        self._last = estimates
+        self.estimates = estimates
         return estimates.get("video"), estimates.get("audio")
 
     def _stream(self, name: str, state: ModalityState, sigma: float) -> Modality:

@@ -1,5 +1,6 @@
 """What a generation works on: the request with its inputs, and what the units have made so far."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -19,11 +20,15 @@ from diffsynth.utils.audio import Waveform
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unfinished:
-    """Where a denoising loop goes on that did not come to its end: its noise is drawn only once."""
+    """Where a denoising loop goes on that did not come to its end: its noise is drawn only once.
+
+    ``estimates``: x0 by stream of the last finished step, which a stream that sits out the next one needs.
+    """
 
     video: ModalityState | None
     audio: ModalityState | None
     next_step: int
+    estimates: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -249,6 +249,7 @@ class Denoise:
             conventions=conventions,
             dtype=parts.dtype,
             chunk_tokens=free_chunk(longest),
+            estimates=state.unfinished.estimates,
         )
         with self.lora(), parts.memory.phase(f"denoise {stage.number}"):
             video, audio = euler(
@@ -257,7 +258,7 @@ class Denoise:
                 audio,
                 stage.sigmas,
                 masked_step=conventions.masked_step,
-                on_step=partial(self._on_step, state),
+                on_step=partial(self._on_step, state, denoiser),
                 start_step=state.unfinished.next_step,
             )
         state.unfinished = None
@@ -274,8 +275,10 @@ class Denoise:
         self._tell(state, 0, Denoised(stage=self.stage, video=video, audio=audio))
         return Unfinished(video=video, audio=audio, next_step=0)
 
-    def _on_step(self, state: GenerationState, step: Step[ModalityState]) -> None:
-        state.unfinished = Unfinished(video=step.video, audio=step.audio, next_step=step.index + 1)
+    def _on_step(self, state: GenerationState, denoiser: Denoiser, step: Step[ModalityState]) -> None:
+        state.unfinished = Unfinished(
+            video=step.video, audio=step.audio, next_step=step.index + 1, estimates=denoiser.estimates
+        )
         denoised = Denoised(
             stage=self.stage,
             video=step.video,

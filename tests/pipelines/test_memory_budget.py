@@ -15,6 +15,7 @@ from diffsynth.loader import ModelConfig, SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.progress import Progress
 from diffsynth.pipelines.rescue import FinalLatents
+from diffsynth.request import GuidanceParams
 from tests.pipelines.placed import (
     PICTURED,
     SMALL,
@@ -192,24 +193,40 @@ def test_pictures_are_decoded_within_their_own_plan() -> None:
 
 
 class Intruder:
-    """Takes device memory after two steps of a stage, and gives it back when the video is decoded."""
+    """Takes device memory after some steps of a stage, and gives it back when the video is decoded."""
 
-    def __init__(self, device: StandIn, nbytes: int, stage: int) -> None:
-        self._device, self._nbytes, self._stage = device, nbytes, stage
+    def __init__(self, device: StandIn, nbytes: int, stage: int, after: int) -> None:
+        self._device, self._nbytes, self._stage, self._after = device, nbytes, stage, after
         self.steps: list[int] = []
 
     def __call__(self, progress: Progress) -> None:
         if progress.phase == f"denoise stage {self._stage}":
             self.steps.append(progress.done)
-            if self.steps == [0, 1, 2]:
+            if self.steps == list(range(self._after + 1)):
                 self._device.take_elsewhere(self._nbytes)
         elif progress.phase == "decode video":
             self._device.take_elsewhere(0)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_that_runs_out_goes_on_with_less(stage: int, caplog: pytest.LogCaptureFixture) -> None:
-    steps = {**(SMALL if stage == 1 else TWO_STAGES), "num_inference_steps": 4}
+SLEEPY = GuidanceParams(cfg_scale=3.0, skip_step=2)
+"""The stream sits out two steps of three, and its estimate of the step before stands."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "after", "guidance"),
+    [
+        (1, 0, {}),
+        (1, 2, {}),
+        (2, 0, {}),
+        (2, 2, {}),
+        (1, 2, {"video_guidance": SLEEPY, "audio_guidance": GuidanceParams(cfg_scale=3.0)}),
+    ],
+    ids=["first step", "third step", "first step of stage 2", "third step of stage 2", "a stream that waits"],
+)
+def test_a_run_that_runs_out_goes_on_with_less(
+    stage: int, after: int, guidance: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = {**(SMALL if stage == 1 else TWO_STAGES), "num_inference_steps": 4, **guidance}
     phase = f"denoise {stage}"
     exact: dict[str, Any] = {"storage": "f32", "dtype": torch.float32}
     with StandIn():
@@ -219,7 +236,7 @@ def test_a_run_that_runs_out_goes_on_with_less(stage: int, caplog: pytest.LogCap
         pipe = managed(**exact)
         make(pipe, **steps)
         denoising = phases(pipe)[phase]["planned_vram_bytes"]
-        intruder = Intruder(device, capacity - int(0.9 * denoising), stage)
+        intruder = Intruder(device, capacity - int(0.9 * denoising), stage, after)
         with caplog.at_level(logging.WARNING):
             assert same(make(pipe, on_progress=intruder, **steps), wanted)
         count = 5 if stage == 1 else 4
