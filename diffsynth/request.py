@@ -118,7 +118,7 @@ class GenerateRequest:
     )
     in_context_videos: tuple[str, ...] = _option((), "reference clips for an IC-LoRA")
     in_context_downsample_factor: int = _option(2, "size of the first stage over size of the reference clips")
-    retake_video: str | None = _option(None, "clip of which parts are generated anew")
+    retake_video: str | None = _option(None, "clip of which parts are made anew, num_frames or longer")
     retake_video_regions: tuple[Region, ...] = _option(
         (), "regions of the clip to generate anew, START:END in seconds; none keeps all of it"
     )

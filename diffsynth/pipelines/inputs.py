@@ -1,5 +1,6 @@
 """Pictures, clips and sounds as users hand them over -> the objects of a generation and their names."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffsynth.request import GenerateRequest
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.images import frames_to_images, load_image
 from diffsynth.utils.media_io_ltx2 import read_audio, read_video
+
+logger = logging.getLogger(__name__)
 
 Picture = str | Path | Image.Image
 Clip = str | Path | Sequence[Image.Image]
@@ -86,10 +89,18 @@ def load_inputs(
 ) -> Inputs:
     """Read what is given by path, and check what can be checked before any weight is touched.
 
+    Of clips that are longer than the video the beginning counts; of the one to retake, a warning says so.
+
     Raises:
         RequestError: something cannot be read, or a clip is shorter than the video.
     """
-    retaken = None if retake_video is None else _clip("retake_video", retake_video, request.num_frames)
+    # One frame more than needed shows that there are more.
+    retaken = None if retake_video is None else _clip("retake_video", retake_video, request.num_frames + 1)
+    if retaken is not None and len(retaken) > request.num_frames:
+        retaken = retaken[: request.num_frames]
+        logger.warning(
+            "retake_video is longer than num_frames=%d: what follows is left out", request.num_frames
+        )
     if retaken is not None and len(retaken) != request.num_frames:
         raise RequestError(
             f"retake_video has {len(retaken)} frames, num_frames is {request.num_frames}",

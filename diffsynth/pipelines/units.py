@@ -22,7 +22,7 @@ from diffsynth.conditioning.items import (
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext, contexts_from_features, prompt_features
 from diffsynth.conditioning.tokens import video_latent_shape
-from diffsynth.device import exact_float32
+from diffsynth.device import capabilities, exact_float32
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
 from diffsynth.models.ltx2.tiling import TileConfig, decode_plan
@@ -210,7 +210,8 @@ class EncodeAudioInput:
         encoder, sound, request = parts.audio_vae_encoder, state.inputs.retake_audio, state.request
         state.report("encode audio", 0, 1)
         mel_config = encoder.config.mel
-        mel = log_mel(prepare_waveform(sound.samples, sound.sampling_rate, mel_config), mel_config)
+        waveform = prepare_waveform(sound.samples, sound.sampling_rate, mel_config)
+        mel = log_mel(waveform, mel_config, complex_ok=capabilities(waveform.device).complex64)
         with parts.memory.phase("encode audio"):
             latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
         assert state.audio_shape is not None

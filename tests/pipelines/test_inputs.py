@@ -73,6 +73,20 @@ def test_everything_is_read_from_its_path(tmp_path: Path) -> None:
         Inputs(images=inputs.images, in_context_videos=inputs.in_context_videos).check(request)
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_longer_clip_to_retake_is_cut_and_the_log_says_so(
+    in_memory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = [PICTURE] * 13 if in_memory else clip(tmp_path, 13)
+    for count, lines in ((9, 1), (13, 0)):
+        caplog.clear()
+        retaken = load_inputs(GenerateRequest(num_frames=count), retake_video=given).retake_video
+        assert retaken is not None
+        assert len(retaken) == count
+        said = [record for record in caplog.records if "retake_video is longer" in record.getMessage()]
+        assert len(said) == lines
+
+
 def test_a_longer_reference_is_cut_and_a_shorter_clip_refused(tmp_path: Path) -> None:
     file = clip(tmp_path, 13)
     request = GenerateRequest(num_frames=9)

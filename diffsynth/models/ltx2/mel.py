@@ -158,7 +158,7 @@ def _sinc_kernel(
     return sinc * window * (base / step)
 
 
-def log_mel(waveform: Tensor, config: MelConfig, *, complex_ok: bool | None = None) -> Tensor:
+def log_mel(waveform: Tensor, config: MelConfig, *, complex_ok: bool = True) -> Tensor:
     """Natural logarithm of the mel magnitude spectrogram (power 1, floor 1e-5), always in float32.
 
     Args:
@@ -178,14 +178,14 @@ def log_mel(waveform: Tensor, config: MelConfig, *, complex_ok: bool | None = No
     return (magnitude.transpose(-1, -2) @ bank).clamp_(min=LOG_FLOOR).log_()
 
 
-def stft_magnitude(waveform: Tensor, config: MelConfig, *, complex_ok: bool | None = None) -> Tensor:
+def stft_magnitude(waveform: Tensor, config: MelConfig, *, complex_ok: bool = True) -> Tensor:
     """One-sided short-time Fourier magnitude: periodic Hann window, centred frames, reflect padding.
 
     Args:
         waveform: (..., N) float; computed in float32 whatever its dtype.
         config: gives n_fft and hop_length.
-        complex_ok: True uses ``torch.stft``; False the same sums in real numbers, for backends without
-            complex tensors.  None means True on the CPU and False elsewhere.
+        complex_ok: whether the waveform's device has complex64; False makes the same sums in real numbers,
+            True uses ``torch.stft``.
 
     Returns:
         (..., n_fft // 2 + 1, 1 + N // hop_length) float32.
@@ -200,8 +200,6 @@ def stft_magnitude(waveform: Tensor, config: MelConfig, *, complex_ok: bool | No
             hint=f"a soundtrack of more than {half / config.sampling_rate:.3f} s",
         )
     x_BN = waveform.float().reshape(-1, num_samples)
-    if complex_ok is None:
-        complex_ok = waveform.device.type == "cpu"
     if complex_ok:
         spectrum = torch.stft(
             x_BN,

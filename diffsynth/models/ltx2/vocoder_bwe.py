@@ -7,6 +7,7 @@ Everything is computed in float32 whatever the stored dtype; the stored tensors 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -158,7 +159,8 @@ class AMPGenerator(Generator):
     """Generator with anti-aliased snake activations; the caller limits its output where that is wanted."""
 
     def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__(config, AMPBlock, AntiAliasedSnake)
+        kernel = kaiser_sinc_filter(_KAISER_RATIO, KAISER_TAPS)  # once: there are hundreds of activations
+        super().__init__(config, partial(AMPBlock, kernel=kernel), partial(AntiAliasedSnake, kernel=kernel))
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, 2, M, 64) float32 log mel -> (B, 2, M * samples_per_frame) float32, not limited."""
@@ -168,12 +170,12 @@ class AMPGenerator(Generator):
 class AMPBlock(nn.Module):
     """Residual block with an anti-aliased activation before each convolution ("AMP1")."""
 
-    def __init__(self, channels: int, kernel_size: int, dilations: Sequence[int]) -> None:
+    def __init__(self, channels: int, kernel_size: int, dilations: Sequence[int], kernel: Tensor) -> None:
         super().__init__()
         self.convs1 = dilated_convolutions(channels, kernel_size, dilations)
         self.convs2 = dilated_convolutions(channels, kernel_size, [1] * len(dilations))
-        self.acts1 = nn.ModuleList(AntiAliasedSnake(channels) for _ in dilations)
-        self.acts2 = nn.ModuleList(AntiAliasedSnake(channels) for _ in dilations)
+        self.acts1 = nn.ModuleList(AntiAliasedSnake(channels, kernel) for _ in dilations)
+        self.acts2 = nn.ModuleList(AntiAliasedSnake(channels, kernel) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) float32 -> the same shape, a new tensor."""
@@ -186,11 +188,11 @@ class AMPBlock(nn.Module):
 class AntiAliasedSnake(nn.Module):
     """Snake activation at twice the rate, so that the harmonics it creates do not fold back."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: Tensor) -> None:
         super().__init__()
-        self.upsample = KaiserUpsample()
+        self.upsample = KaiserUpsample(kernel)
         self.act = SnakeBeta(channels)
-        self.downsample = KaiserDownsample()
+        self.downsample = KaiserDownsample(kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) float32 -> the same shape."""
@@ -212,11 +214,11 @@ class SnakeBeta(nn.Module):
 
 
 class KaiserUpsample(nn.Module):
-    """Doubles the rate with the filter of the checkpoint."""
+    """Doubles the rate with the filter of the checkpoint; ``kernel`` stands there until one is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Tensor) -> None:
         super().__init__()
-        self.register_buffer("filter", kaiser_sinc_filter(_KAISER_RATIO, KAISER_TAPS))
+        self.register_buffer("filter", kernel.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) float32 -> (B, C, 2T)."""
@@ -224,11 +226,11 @@ class KaiserUpsample(nn.Module):
 
 
 class KaiserDownsample(nn.Module):
-    """Halves the rate with the filter of the checkpoint."""
+    """Halves the rate with the filter of the checkpoint; ``kernel`` stands there until one is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Tensor) -> None:
         super().__init__()
-        self.lowpass = LowPass()
+        self.lowpass = LowPass(kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, 2T) float32 -> (B, C, T)."""
@@ -238,9 +240,9 @@ class KaiserDownsample(nn.Module):
 class LowPass(nn.Module):
     """Holder of the filter under the name that the checkpoint gives it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Tensor) -> None:
         super().__init__()
-        self.register_buffer("filter", kaiser_sinc_filter(_KAISER_RATIO, KAISER_TAPS))
+        self.register_buffer("filter", kernel.clone())
 
 
 class MelSTFT(nn.Module):

@@ -234,6 +234,12 @@ def test_kaiser_filter() -> None:
     assert kernel.sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_every_activation_has_a_filter_of_its_own() -> None:
+    filters = [buffer for name, buffer in VocoderBWE(TINY_BWE).named_buffers() if name.endswith(".filter")]
+    assert all(torch.equal(each, kaiser_sinc_filter(2, 12)) for each in filters)
+    assert len({each.data_ptr() for each in filters}) == len(filters) > 4
+
+
 @pytest.mark.parametrize("ratio", [2, 3])
 def test_hann_upsampling_is_the_resampler_away_from_the_ends(ratio: int) -> None:
     x = noise(1, 2, 200)
