@@ -163,8 +163,15 @@ class PackedFile:
         result = whole[position : position + self.layouts[block].nbytes]
         if result.numel() != self.layouts[block].nbytes:
             raise self._damage(block, "is cut off")
+
+        def touch(piece: slice) -> int:
+            size: int = piece.stop - piece.start
+            if hasattr(os, "posix_fadvise"):  # in large reads: page faults ask for a little at a time
+                os.posix_fadvise(self._descriptor, position + piece.start, size, os.POSIX_FADV_WILLNEED)
+            return size
+
         if block not in self._checked:
-            self._for_pieces(block, result.numpy().data, lambda piece: piece.stop - piece.start)
+            self._for_pieces(block, result.numpy().data, touch)
         return result
 
     def _for_pieces(self, block: str, content: memoryview, read: Callable[[slice], int]) -> int:

@@ -35,6 +35,8 @@ COPY_LATENCY_S = 20e-6
 SLOTS = 2
 """One block computes while the next arrives: with copies that are shorter than the computation, a third slot
 gains nothing."""
+GAPS = 0.02
+"""Share of the tensors' memory that a caching allocator holds beside them: 1.2 % were measured on an H200."""
 HOST_BASE_BYTES = 2_750_000_000
 """What a process holds besides weights: interpreter, torch, device libraries."""
 HOST_RESERVE_BYTES = 4_000_000_000
@@ -117,6 +119,7 @@ class Budget:
         tflops: dense peak of the compute dtype, in 10**12 operations per second.
         reserve_bytes: device memory that no tensor gets: context and library handles.
         workspaces: whether the device's libraries take memory beside tensors; plain host code does not.
+        gaps: share of the tensors' memory that the allocator of such a device holds beside them.
         pin_limit_bytes: host memory that may be page-locked at one time.
         efficiency: share of the peak that is reached.
         host_base_bytes: what the process holds before it loads a weight.
@@ -131,6 +134,7 @@ class Budget:
     tflops: float
     reserve_bytes: int = 0
     workspaces: bool = True
+    gaps: float = GAPS
     pin_limit_bytes: int = 0
     efficiency: float = EFFICIENCY
     host_base_bytes: int = HOST_BASE_BYTES
@@ -278,9 +282,12 @@ def _place(demand: PhaseDemand, choice: Choice, placement: _Placement, budget: B
 
 
 def _vram_bytes(demand: PhaseDemand, choice: Choice, placement: _Placement, budget: Budget) -> int:
-    workspace = choice.workspace_bytes if budget.workspaces else 0
     weights = demand.rest_bytes + demand.scratch_bytes + placement.device_bytes
-    return budget.reserve_bytes + weights + choice.activation_bytes + workspace
+    needed = weights + choice.activation_bytes
+    if budget.workspaces:
+        needed += choice.workspace_bytes
+        needed += int(budget.gaps * needed)
+    return budget.reserve_bytes + needed
 
 
 def _host_share(

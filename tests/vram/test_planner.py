@@ -48,6 +48,7 @@ def budget(**changes: object) -> Budget:
         "efficiency": 0.5,
         "host_base_bytes": HOST_BASE,
         "host_reserve_bytes": 0,
+        "gaps": 0.0,
     }
     return Budget(**(given | changes))  # type: ignore[arg-type]
 
@@ -285,6 +286,14 @@ def test_workspaces_count_only_where_libraries_take_them() -> None:
     with_them = one(demand(), budget(vram_bytes=None))
     without = one(demand(), budget(vram_bytes=None, workspaces=False))
     assert with_them.peak_vram_bytes - without.peak_vram_bytes == 20 * MB
+
+
+def test_gaps_count_on_top_of_all_tensors_and_not_of_the_context() -> None:
+    tight = one(demand(), budget(vram_bytes=None, reserve_bytes=100 * MB)).peak_vram_bytes
+    loose = one(demand(), budget(vram_bytes=None, reserve_bytes=100 * MB, gaps=0.5)).peak_vram_bytes
+    assert loose - 100 * MB == 1.5 * (tight - 100 * MB)
+    plain = budget(vram_bytes=None, reserve_bytes=100 * MB, gaps=0.5, workspaces=False)
+    assert one(demand(), plain).peak_vram_bytes == tight - 20 * MB
 
 
 def test_the_first_of_equally_fast_choices_is_taken() -> None:
