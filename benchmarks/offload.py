@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.machine import describe_machine
 from benchmarks.offload_row import GB, ROWS, STARTS, USABLE, Case, Row
 from benchmarks.peers import PEERS, measure_peer
-from benchmarks.synthetic import MODELS
+from benchmarks.synthetic import MODELS, Dimensions, write_set
 from diffsynth.device import backend_for, resolve_device
 from diffsynth.pipelines.storage import NAMES
 from diffsynth.vram.link import machine_budget, machine_figures
@@ -211,6 +211,9 @@ def main(
     modes: Annotated[str, typer.Option(help=", ".join(MODES))] = "one-stage",
     passes: Annotated[str, typer.Option(help="numbers of guidance passes, 1 to 4")] = "1,2,4",
     image: Annotated[bool, typer.Option(help="also with a first frame, two passes")] = False,
+    files: Annotated[
+        bool, typer.Option(help="write checkpoints into the folder first and read them, as users do")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="counted steps, after one for warming up")] = 3,
     peers: Annotated[str, typer.Option(help=", ".join(PEERS))] = "",
     peer_python: Annotated[list[str] | None, typer.Option(help="PROGRAM=INTERPRETER")] = None,
@@ -242,8 +245,11 @@ def main(
         dtype=dtype,
         folder=str(folder.resolve()),
         cases=tuple(wanted),
+        files=files,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    if files:
+        write_set(Dimensions.of(model, layers), folder)
     target = resolve_device(device)
     output = out or Path(__file__).parent / "results" / f"offload_{model}_{target.type}.json"
     report = _begun(output, shared, target)

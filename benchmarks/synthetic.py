@@ -33,7 +33,7 @@ from diffsynth.lora import Lora, linear_shapes, read_lora
 from diffsynth.models.gemma3 import Gemma3Config
 from diffsynth.models.ltx2.connectors import TextConnectorsConfig
 from diffsynth.models.ltx2.transformer_config import TransformerConfig
-from diffsynth.pipelines.assemble import OpenedModels
+from diffsynth.pipelines.assemble import OpenedModels, open_models
 from diffsynth.pipelines.parts import ModelVersion
 from diffsynth.pipelines.released import GEMMA, released_config
 
@@ -228,6 +228,17 @@ def open_synthetic(dimensions: Dimensions, folder: Path, *, seed: int = 0, text:
             configs[kind] = ModelConfig(path=stand_in)
     tokenizer = PromptTokenizer(_TOKENIZER) if text else None
     return OpenedModels(networks=networks, configs=configs, version=dimensions.version, tokenizer=tokenizer)
+
+
+def open_written(dimensions: Dimensions, folder: Path) -> OpenedModels:
+    """The set that :func:`write_set` wrote: a first start then reads it as users' first starts do."""
+    model, gemma = dimensions.model, folder / "gemma"
+    paths = [
+        folder / f"{model}-dev.safetensors",
+        folder / f"{model}-spatial-upscaler-x2.safetensors",
+        sorted(gemma.glob("*.safetensors")),
+    ]
+    return open_models([ModelConfig(path=path) for path in paths], ModelConfig(path=gemma))
 
 
 def synthetic_lora(dimensions: Dimensions, transformer: nn.Module, folder: Path, *, seed: int = 0) -> Lora:

@@ -102,6 +102,20 @@ def test_rows_agree_in_every_bit(rows: list[dict[str, Any]]) -> None:
     assert compared["start_over_first_start"]["second-start"] > 0
 
 
+def test_written_files_are_read(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFSYNTH_CACHE_PATH", str(tmp_path))
+    write_set(Dimensions.of("tiny", ROW.layers), tmp_path)
+    given = replace(ROW, folder=str(tmp_path), files=True)
+    found = [measure(replace(given, name=name)) for name in ("streamed", "resident")]
+    assert [row["converted"] for row in found] == [True, False]
+    assert offload.compare(found)["equal_bits"] == {CASE.name: True}
+    (made,) = (row for row in rows if row["row"] == "streamed")
+    moved = [row["cases"][0]["denoise"][0]["bytes_to_device_per_step"] for row in (found[0], made)]
+    assert moved[0] == moved[1]
+
+
 def test_all_modes_and_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFSYNTH_CACHE_PATH", str(folder))
     wanted = tuple(offload.cases(["128x64x1"], offload.MODES, [1, 4], 1))
