@@ -17,7 +17,7 @@ from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
 from diffsynth.device import is_out_of_memory
 from diffsynth.errors import MemoryBudgetError, RequestError
-from diffsynth.pipelines.inputs import inputs_by_path
+from diffsynth.pipelines.inputs import fit_request, inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import OnProgress, Progress, ignore
 from diffsynth.pipelines.rescue import FinalLatents, keep, way_out
@@ -63,6 +63,7 @@ def run(
             hint="in Python: pipe(..., audio_only=True) gives the sound",
         )
     check_output_path(output)
+    request = fit_request(request)
     inputs = inputs_by_path(request)
     pipe = load_pipeline(models, request)
     with out_of_memory_told(), phases(quiet) as on_progress:

@@ -13,19 +13,25 @@ from diffsynth.request import GenerateRequest, GuidanceParams, Region
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Mode": ("use_two_stage_pipeline", "use_distilled_pipeline", "audio_only", "conventions"),
-    "Size and time": ("height", "width", "num_frames", "frame_rate"),
+    "Size and time": ("height", "width", "num_frames", "frame_rate", "fit"),
     "Pictures, clips and sounds": (
         "input_images",
         "input_images_indexes",
         "input_images_strength",
         "input_images_crf",
+        "input_images_as_keyframes",
         "in_context_videos",
         "in_context_downsample_factor",
+        "in_context_strength",
+        "in_context_attention_strength",
+        "in_context_attention_mask",
         "retake_video",
         "retake_video_regions",
         "retake_audio",
         "audio_sample_rate",
         "retake_audio_regions",
+        "audio_start_time",
+        "audio_max_duration",
     ),
     "Tiles": (
         "tiled",

@@ -57,6 +57,11 @@ class LoraStack:
         return {handle: strength for handle, (_, strength) in self._active.items()}
 
     @property
+    def loras(self) -> list[Lora]:
+        """In the order of adding."""
+        return [lora for lora, _ in self._active.values()]
+
+    @property
     def ranks(self) -> list[int]:
         """The largest rank of every LoRA, in the order of adding."""
         return [lora.report.rank for lora, _ in self._active.values()]
@@ -234,5 +239,5 @@ def _move(update: LoraUpdate, output: Tensor) -> LoraUpdate:
 
 
 def _check_strength(strength: float) -> None:
-    if not math.isfinite(strength):
-        raise RequestError(f"LoRA strength {strength} is not a finite number", hint="a number around 1")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise RequestError(f"LoRA strength {strength!r} is not a finite number", hint="a number around 1")

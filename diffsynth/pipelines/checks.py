@@ -14,6 +14,7 @@ from diffsynth.models.ltx2.video_tiling import decode_tiles
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import SPATIAL_STEP_PX, TEMPORAL_STEP, GenerateRequest
+from diffsynth.sampling.conventions import MaskedStep, get_conventions
 
 
 def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage]) -> None:
@@ -41,6 +42,20 @@ def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage])
         grid = video_latent_shape(request.num_frames, request.height, request.width)
         # Nothing is decoded: the sizes are checked when the stream of chunks is made.
         decode_tiles(parts.video_vae_decoder, torch.empty(1, 1, *grid, device="meta"), tiling)
+
+
+def check_sampler(request: GenerateRequest) -> None:
+    """Whether the sampler knows what the conventions do with partial masks.
+
+    Raises:
+        RequestError: unknown conventions, or a sampler that cannot follow them.
+    """
+    conventions = get_conventions(request.conventions)
+    if request.sampler != "euler" and conventions.masked_step is not MaskedStep.X0_BLEND:
+        raise RequestError(
+            f"sampler={request.sampler!r} does not follow conventions={request.conventions!r}",
+            hint="sampler='euler', or conventions='official'",
+        )
 
 
 def check_rand_device(request: GenerateRequest) -> None:

@@ -246,7 +246,7 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         replace(part, rest_bytes=part.rest_bytes + lora.nbytes.get(REST, 0)),
         [_choice(denoise_cost(config, step), MATRIX_WORKSPACE)],
         blocks=_blocks(part, lora.nbytes),
-        traversals=stage.steps,
+        traversals=stage.evaluations,
         activation_cause=_size_of(request),
         weight_cause="the storage format of the transformer",
     )
@@ -256,17 +256,17 @@ def video_tokens(request: GenerateRequest, stage: Stage) -> int:
     """Tokens of the video stream in a stage: the target, keyframes, and reference clips in the first."""
     frames, height, width = video_latent_shape(request.num_frames, stage.height, stage.width)
     tokens = frames * height * width
-    tokens += height * width * sum(1 for frame in request.image_frames() if frame != 0)
+    tokens += height * width * len(request.keyframes())
     if stage.number == 1:
-        factor = request.in_context_downsample_factor
+        factor = request.reference_factor
         tokens += len(request.in_context_videos) * frames * (height // factor) * (width // factor)
     return tokens
 
 
 def _distinct_timesteps(request: GenerateRequest) -> int:
     """Noise levels among the tokens of a stream: one, and one for every strength of something given."""
-    given = set(request.image_strengths()) if request.input_images else set()
-    if request.in_context_videos or request.retake_video_regions or request.retake_audio_regions:
+    given = {*request.image_strengths(), *request.reference_strengths()}
+    if request.retake_video_regions or request.retake_audio_regions:
         given.add(1.0)
     return 1 + len(given)
 
@@ -275,7 +275,9 @@ def _lora_size(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: 
     if isinstance(lora, Mapping):
         return lora.get(stage.number, LoraSize())
     rank = DISTILLED_LORA_RANK if lora is True else int(lora)
-    if stage.number > 1:
+    if stage.number == 1:
+        rank += DISTILLED_LORA_RANK if request.stage1_lora_strength else 0
+    else:
         rank = 0 if request.clear_lora_before_state_two else rank
         rank += 0 if request.use_distilled_pipeline else DISTILLED_LORA_RANK
     blocks = sizes.parts["dit"].blocks
@@ -312,7 +314,7 @@ def _encoded_clips(request: GenerateRequest, stage: Stage) -> list[tuple[int, in
     if request.retake_video is not None:
         clips.append((request.num_frames, stage.height, stage.width))
     if stage.number == 1:
-        factor = request.in_context_downsample_factor
+        factor = request.reference_factor
         one = (request.num_frames, stage.height // factor, stage.width // factor)
         clips += [one] * len(request.in_context_videos)
     return clips

@@ -53,8 +53,9 @@ class Denoiser:
         if awake:
             kinds = guidance_passes(awake.get("video"), awake.get("audio"))
             streams = {name: self._stream(name, state, sigma) for name, state in states.items()}
-            frozen = {name for name, state in states.items() if state.frozen}
-            passes = [self._pass(kind, streams, frozen, skipped) for kind in kinds]
+            # A given stream without guidance of its own has no negative context.
+            positive_only = {n for n, state in states.items() if state.frozen and guidance[n].cfg_scale == 1}
+            passes = [self._pass(kind, streams, positive_only, skipped) for kind in kinds]
             velocities = self.transformer.forward_passes(
                 passes,
                 cross_timestep=CrossTimestep(self.conventions.cross_timestep),
@@ -83,9 +84,9 @@ class Denoiser:
         )
 
     def _pass(
-        self, kind: PassKind, streams: Mapping[str, Modality], frozen: set[str], skipped: set[str]
+        self, kind: PassKind, streams: Mapping[str, Modality], positive_only: set[str], skipped: set[str]
     ) -> Pass:
-        """One guidance pass; a frozen stream keeps the positive context in the unconditional one."""
+        """One guidance pass; some streams keep the positive context in the unconditional one."""
         perturbations: tuple[Perturbation, ...] = ()
         if kind is PassKind.PERTURBED:
             perturbations = tuple(
@@ -101,7 +102,7 @@ class Denoiser:
         own: dict[str, Modality] = {}
         for name, stream in streams.items():
             context = stream.context
-            if kind is PassKind.UNCOND and self.negative is not None and name not in frozen:
+            if kind is PassKind.UNCOND and self.negative is not None and name not in positive_only:
                 context = _context(self.negative, name)
             own[name] = replace(stream, context=context, enabled=name not in skipped)
         batch = next(iter(streams.values())).latent.shape[0]

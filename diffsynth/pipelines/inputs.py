@@ -1,46 +1,59 @@
 """Pictures, clips and sounds as users hand them over -> the objects of a generation and their names."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffsynth.errors import RequestError
-from diffsynth.request import GenerateRequest
+from diffsynth.models.ltx2.mel import MelConfig, prepare_waveform
+from diffsynth.request import TEMPORAL_STEP, GenerateRequest
 from diffsynth.utils.audio import Waveform
-from diffsynth.utils.images import frames_to_images, load_image
+from diffsynth.utils.images import load_image, probe_video
 from diffsynth.utils.media_io_ltx2 import read_audio, read_video
 
 logger = logging.getLogger(__name__)
 
 Picture = str | Path | Image.Image
-Clip = str | Path | Sequence[Image.Image]
+Clip = str | Path | Sequence[Image.Image] | Tensor
+ClipFrames = Sequence[Image.Image] | Tensor
+"""Pictures, or a tensor (F, H, W, 3) of values in 0..255."""
 Sound = str | Path | Tensor | Waveform
+
+BEYOND_S = 1.0
+"""A sound is read so much further than the video goes, to tell whether it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """The objects that a request names: pictures, clips (tuples of pictures) and a sound."""
+    """The objects that a request names: pictures, clips and a stereo sound that begins with the video."""
 
     images: tuple[Image.Image, ...] = ()
-    in_context_videos: tuple[tuple[Image.Image, ...], ...] = ()
-    retake_video: tuple[Image.Image, ...] | None = None
+    in_context_videos: tuple[ClipFrames, ...] = ()
+    in_context_attention_mask: ClipFrames | None = None
+    retake_video: ClipFrames | None = None
     retake_audio: Waveform | None = None
 
     def check(self, request: GenerateRequest) -> None:
-        """Make sure that these are the objects of ``request``.
+        """Make sure that these are the objects of ``request``, and long enough for it.
 
         Raises:
-            RequestError: the request names more or fewer of them.
+            RequestError: the request names more or fewer of them, or a clip is too short.
         """
+        mask = self.in_context_attention_mask
         for name, here, named in (
             ("input_images", len(self.images), len(request.input_images)),
             ("in_context_videos", len(self.in_context_videos), len(request.in_context_videos)),
+            (
+                "in_context_attention_mask",
+                mask is not None,
+                request.in_context_attention_mask is not None,
+            ),
             ("retake_video", self.retake_video is not None, request.retake_video is not None),
             ("retake_audio", self.retake_audio is not None, request.retake_audio is not None),
         ):
@@ -49,6 +62,92 @@ class Inputs:
                     f"{name}: the request names {int(named)}, {int(here)} came with it",
                     hint="inputs=None reads what the request names",
                 )
+        self.check_lengths(request)
+
+    def check_lengths(self, request: GenerateRequest) -> None:
+        """Every clip has the frames of the video, and the mask those of the reference clips.
+
+        Raises:
+            RequestError: it names the clip and the nearest legal length.
+        """
+        for name, clip in self._clips():
+            if len(clip) < request.num_frames:
+                raise RequestError(
+                    f"{name} has {len(clip)} frames, num_frames is {request.num_frames}",
+                    hint=f"num_frames={_legal_length(len(clip))}, which fit=True chooses, or a longer clip",
+                )
+        mask = self.in_context_attention_mask
+        for number, clip in enumerate(self.in_context_videos):
+            if mask is not None and len(mask) != len(clip):
+                raise RequestError(
+                    f"in_context_attention_mask is of another length than in_context_videos[{number}]: "
+                    f"{_at_least(mask, request)} frames, not {_at_least(clip, request)}",
+                    hint="a mask with one frame for each frame of the clip",
+                )
+
+    def cut(self, num_frames: int) -> Self:
+        """Clips with no more frames than these."""
+        mask, retaken = self.in_context_attention_mask, self.retake_video
+        return replace(
+            self,
+            in_context_videos=tuple(clip[:num_frames] for clip in self.in_context_videos),
+            in_context_attention_mask=None if mask is None else mask[:num_frames],
+            retake_video=None if retaken is None else retaken[:num_frames],
+        )
+
+    def _clips(self) -> Iterator[tuple[str, ClipFrames]]:
+        if self.retake_video is not None:
+            yield "retake_video", self.retake_video
+        for number, clip in enumerate(self.in_context_videos):
+            yield f"in_context_videos[{number}]", clip
+        if self.in_context_attention_mask is not None:
+            yield "in_context_attention_mask", self.in_context_attention_mask
+
+
+def fit_request(
+    request: GenerateRequest,
+    *,
+    in_context_videos: Sequence[Clip] | None = None,
+    in_context_attention_mask: Clip | None = None,
+    retake_video: Clip | None = None,
+) -> GenerateRequest:
+    """With ``fit``, the request with no more frames than its clips have; otherwise the request itself.
+
+    Args:
+        in_context_videos, in_context_attention_mask, retake_video: instead of what the request names.
+
+    Raises:
+        RequestError: a clip cannot be read, or the shorter request cannot work.
+    """
+    if not request.fit:
+        return request
+    mask, retaken = in_context_attention_mask, retake_video
+    clips: list[tuple[str, Clip | None]] = [
+        ("in_context_videos", clip)
+        for clip in (request.in_context_videos if in_context_videos is None else in_context_videos)
+    ]
+    clips.append(("in_context_attention_mask", request.in_context_attention_mask if mask is None else mask))
+    clips.append(("retake_video", request.retake_video if retaken is None else retaken))
+    lengths = [_length(name, clip) for name, clip in clips if clip is not None]
+    longest = min((_legal_length(length) for length in lengths), default=request.num_frames)
+    if longest >= request.num_frames:
+        return request
+    logger.warning("num_frames=%s is cut to %s to fit the given clips", request.num_frames, longest)
+    return replace(request, num_frames=longest).validate()
+
+
+def _length(argument: str, clip: Clip) -> int:
+    return probe_video(clip, argument=argument).num_frames if isinstance(clip, str | Path) else len(clip)
+
+
+def _legal_length(num_frames: int) -> int:
+    """The largest 8k+1 that is not above."""
+    return max(num_frames - 1, 0) // TEMPORAL_STEP * TEMPORAL_STEP + 1
+
+
+def _at_least(clip: ClipFrames, request: GenerateRequest) -> str:
+    """A number of frames; clips are read one frame further than the video goes, no more."""
+    return f"more than {request.num_frames}" if len(clip) > request.num_frames else str(len(clip))
 
 
 def inputs_by_path(request: GenerateRequest) -> Inputs:
@@ -61,6 +160,7 @@ def inputs_by_path(request: GenerateRequest) -> Inputs:
         request,
         input_images=request.input_images,
         in_context_videos=request.in_context_videos,
+        in_context_attention_mask=request.in_context_attention_mask,
         retake_video=request.retake_video,
         retake_audio=request.retake_audio,
     )
@@ -75,7 +175,8 @@ def name_of(value: Picture | Clip | Sound) -> str:
     if isinstance(value, Waveform):
         return f"sound of {value.samples.shape[-1]} samples at {value.sampling_rate} Hz"
     if isinstance(value, Tensor):
-        return f"sound of {value.shape[-1]} samples"
+        is_clip = value.ndim == 4
+        return f"clip of {len(value)} frames" if is_clip else f"sound of {value.shape[-1]} samples"
     return f"clip of {len(value)} frames"
 
 
@@ -84,56 +185,92 @@ def load_inputs(
     *,
     input_images: Sequence[Picture] = (),
     in_context_videos: Sequence[Clip] = (),
+    in_context_attention_mask: Clip | None = None,
     retake_video: Clip | None = None,
     retake_audio: Sound | None = None,
 ) -> Inputs:
     """Read what is given by path, and check what can be checked before any weight is touched.
 
-    Of clips that are longer than the video the beginning counts; of the one to retake, a warning says so.
+    Of clips that are longer than the video the beginning counts; a warning says so.
 
     Raises:
         RequestError: something cannot be read, or a clip is shorter than the video.
     """
-    # One frame more than needed shows that there are more.
-    retaken = None if retake_video is None else _clip("retake_video", retake_video, request.num_frames + 1)
-    if retaken is not None and len(retaken) > request.num_frames:
-        retaken = retaken[: request.num_frames]
-        logger.warning(
-            "retake_video is longer than num_frames=%d: what follows is left out", request.num_frames
-        )
-    if retaken is not None and len(retaken) != request.num_frames:
-        raise RequestError(
-            f"retake_video has {len(retaken)} frames, num_frames is {request.num_frames}",
-            hint=f"num_frames={(len(retaken) - 1) // 8 * 8 + 1}" if retaken else "a clip with frames",
-        )
-    return Inputs(
+    cap = request.num_frames + 1
+    mask = in_context_attention_mask
+    inputs = Inputs(
         images=tuple(load_image(image, argument="input_images") for image in input_images),
-        in_context_videos=tuple(_clip("in_context_videos", c, request.num_frames) for c in in_context_videos),
-        retake_video=retaken,
-        retake_audio=None if retake_audio is None else _sound(retake_audio, request.audio_sample_rate),
+        in_context_videos=tuple(_clip("in_context_videos", clip, cap) for clip in in_context_videos),
+        in_context_attention_mask=None if mask is None else _clip("in_context_attention_mask", mask, cap),
+        retake_video=None if retake_video is None else _clip("retake_video", retake_video, cap),
+        retake_audio=None if retake_audio is None else _sound(retake_audio, request),
     )
+    inputs.check_lengths(request)
+    return inputs.cut(request.num_frames)
 
 
-def _clip(argument: str, value: Clip, frame_cap: int) -> tuple[Image.Image, ...]:
+def _clip(argument: str, value: Clip, frame_cap: int) -> ClipFrames:
     if isinstance(value, str | Path):
-        return tuple(frames_to_images(read_video(value, frame_cap=frame_cap, argument=argument).frames))
-    frames = tuple(load_image(frame, argument=argument) for frame in value)[:frame_cap]
-    if not frames:
+        frames: ClipFrames = read_video(value, frame_cap=frame_cap, argument=argument).frames
+    elif isinstance(value, Tensor):
+        if value.ndim != 4 or value.shape[-1] != 3:
+            raise RequestError(
+                f"{argument} is a tensor of shape {tuple(value.shape)}",
+                hint="(frames, height, width, 3), values in 0..255",
+            )
+        frames = value[:frame_cap].cpu()
+    else:
+        frames = tuple(load_image(frame, argument=argument) for frame in value[:frame_cap])
+    if not len(frames):
         raise RequestError(f"{argument} holds a clip without frames", hint="a list of pictures")
+    if len(frames) == frame_cap:
+        logger.warning("%s is longer than num_frames=%d: what follows is left out", argument, frame_cap - 1)
     return frames
 
 
-def _sound(value: Sound, rate: int) -> Waveform:
+def _sound(value: Sound, request: GenerateRequest) -> Waveform:
+    """The part of a sound that goes with the video, in stereo."""
+    start_s, limit_s = request.audio_start_time, request.audio_max_duration
+    video_s = request.num_frames / request.frame_rate
+    wanted_s = video_s + BEYOND_S if limit_s is None else limit_s
+    if isinstance(value, str | Path):
+        sound = read_audio(value, start_s, wanted_s, argument="retake_audio")
+    else:
+        sound = _part(_waveform(value, request.audio_sample_rate), start_s, wanted_s)
+    if not torch.isfinite(sound.samples).all():
+        raise RequestError("retake_audio holds samples that are not finite", hint="numbers in [-1, 1]")
+    if not sound.samples.any():
+        logger.warning("retake_audio is silent: there is nothing in it that the video could follow")
+    if sound.duration_s > video_s:
+        logger.warning("retake_audio goes on after the video, which lasts %.3f s: it is cut there", video_s)
+    elif video_s - sound.duration_s > 1 / request.frame_rate:
+        logger.warning(
+            "retake_audio ends after %.3f s, the video after %.3f s: silence follows",
+            sound.duration_s,
+            video_s,
+        )
+    rate = sound.sampling_rate
+    stereo = prepare_waveform(sound.samples, rate, MelConfig(sampling_rate=rate))[0]
+    return Waveform(stereo.contiguous(), rate)
+
+
+def _waveform(value: Tensor | Waveform, rate: int) -> Waveform:
     if isinstance(value, Waveform):
         return value
-    if isinstance(value, str | Path):
-        return read_audio(Path(value), argument="retake_audio")
-    if value.ndim not in (1, 2) or not torch.is_floating_point(value):
+    if value.ndim not in (1, 2) or not torch.is_floating_point(value) or not value.numel():
         raise RequestError(
             f"retake_audio is a {value.dtype} tensor of shape {tuple(value.shape)}",
             hint="float samples of shape (channels, samples) in [-1, 1]",
         )
     return Waveform(value.float().cpu().reshape(-1, value.shape[-1]), rate)
+
+
+def _part(sound: Waveform, start_s: float, duration_s: float) -> Waveform:
+    rate = sound.sampling_rate
+    first = round(start_s * rate)
+    if first >= sound.num_samples:
+        raise RequestError(f"retake_audio has no sound at {start_s} s", hint="an earlier audio_start_time")
+    return Waveform(sound.samples[:, first : first + round(duration_s * rate)], rate)
 
 
 def request_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +279,13 @@ def request_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("input_images", "in_context_videos"):
         if key in values:
             values[key] = tuple(name_of(item) for item in values[key])
-    for key in ("retake_video", "retake_audio"):
+    for key in ("in_context_attention_mask", "retake_video", "retake_audio"):
         if key in values:
             values[key] = name_of(values[key])
     for key in ("retake_video_regions", "retake_audio_regions"):
         if key in values:
             values[key] = tuple((start, end) for start, end in values[key])
-    for key in ("input_images_indexes", "input_images_strength"):
+    for key in ("input_images_indexes", "input_images_strength", "in_context_strength"):
         if isinstance(values.get(key), Sequence):
             values[key] = tuple(values[key])
     return values

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +26,14 @@ from diffsynth.pipelines.assemble import (
     open_models,
     read_transformer_lora,
 )
-from diffsynth.pipelines.checks import check_rand_device, check_sizes
+from diffsynth.pipelines.checks import check_rand_device, check_sampler, check_sizes
+from diffsynth.pipelines.encode_inputs import EncodeAudioInput, EncodeVideoInputs, kept_sound
 from diffsynth.pipelines.inputs import (
     Clip,
     Inputs,
     Picture,
     Sound,
+    fit_request,
     inputs_by_path,
     load_inputs,
     request_fields,
@@ -45,6 +46,7 @@ from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ProgressBar, ignore, with_bar
 from diffsynth.pipelines.rescue import FinalLatents, kept
 from diffsynth.pipelines.result import Result, VideoFrames
+from diffsynth.pipelines.stage_loras import StageLoraBook
 from diffsynth.pipelines.stages import guided, plan_stages
 from diffsynth.pipelines.state import GenerationState
 from diffsynth.pipelines.states import check_states
@@ -52,12 +54,9 @@ from diffsynth.pipelines.units import (
     DecodeAudio,
     DecodeVideo,
     Denoise,
-    EncodeAudioInput,
     EncodePrompts,
-    EncodeVideoInputs,
     Unit,
     Upsample,
-    kept_sound,
     known_contexts,
     unknown_prompts,
 )
@@ -66,8 +65,6 @@ from diffsynth.sampling.conventions import get_conventions
 from diffsynth.sampling.noise import noise_source, resolve_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from diffsynth.pipelines.stages import Stage
 
 __all__ = ["GuidanceParams", "LTX2AudioVideoPipeline", "ModelConfig"]
@@ -99,8 +96,7 @@ class LTX2AudioVideoPipeline:
             self._loras = LoraStack(self.parts.dit, hooked=not managed)
         if isinstance(self.parts.memory, ManagedMemory):
             self.parts.memory.loras = self._loras
-        self._stage2_lora = stage2_lora
-        self._stage2_lora_strength = stage2_lora_strength
+        self._book = StageLoraBook(stack=self._loras, distilled=stage2_lora, strength=stage2_lora_strength)
 
     @classmethod
     def from_pretrained(
@@ -162,15 +158,17 @@ class LTX2AudioVideoPipeline:
             lora = read_transformer_lora(outline.parts, stage2_lora_config)
         own = [(read_transformer_lora(outline.parts, source), alpha) for source, alpha in loras]
         if request is not None:
-            cls(outline, stage2_lora=lora).check(request)
+            outlined = cls(outline, stage2_lora=lora)
+            for read, alpha in own:
+                outlined._activate(read, alpha)
+            request = outlined.check(request)
         if limits.asks_for_management(opened.configs):
             assembly = manage(opened, limits, target, torch_dtype)
         else:
             assembly = opened.load(target, torch_dtype)
         pipe = cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
         for read, alpha in own:
-            assert pipe._loras is not None, "a LoRA is read for a transformer only"
-            pipe._loras.add(read, alpha)
+            pipe._activate(read, alpha)
         if request is not None:
             pipe._plan(request, known_contexts(pipe.parts, request))
         return pipe
@@ -199,6 +197,10 @@ class LTX2AudioVideoPipeline:
             raise RequestError("load_lora changes the transformer only", hint="pipe.load_lora(pipe.dit, ...)")
         return self._loras.add(read_transformer_lora(self.parts, lora), alpha)
 
+    def _activate(self, lora: Lora, alpha: float) -> LoraHandle:
+        assert self._loras is not None, "a LoRA is read for a transformer only"
+        return self._loras.add(lora, alpha)
+
     def clear_lora(self) -> None:
         """Take all LoRAs of :meth:`load_lora` away; the weights are what they were, bit for bit."""
         if self._loras is not None:
@@ -213,24 +215,34 @@ class LTX2AudioVideoPipeline:
         input_images_indexes: Sequence[int] = (0,),
         input_images_strength: float | Sequence[float] = 1.0,
         input_images_crf: int | None = None,
+        input_images_as_keyframes: bool = False,
         in_context_videos: Sequence[Clip] | None = None,
-        in_context_downsample_factor: int = 2,
+        in_context_downsample_factor: int | None = None,
+        in_context_strength: float | Sequence[float] = 1.0,
+        in_context_attention_strength: float = 1.0,
+        in_context_attention_mask: Clip | None = None,
         retake_video: Clip | None = None,
         retake_video_regions: Sequence[Region] | None = None,
         retake_audio: Sound | None = None,
         audio_sample_rate: int = 48000,
         retake_audio_regions: Sequence[Region] | None = None,
+        audio_start_time: float = 0.0,
+        audio_max_duration: float | None = None,
         seed: int | None = None,
         rand_device: str = "cpu",
         height: int = 512,
         width: int = 768,
         num_frames: int = 121,
         frame_rate: float = 24,
+        fit: bool = False,
         audio_only: bool = False,
         cfg_scale: float | None = None,
         video_guidance: GuidanceParams | None = None,
         audio_guidance: GuidanceParams | None = None,
         num_inference_steps: int | None = None,
+        sampler: str = "euler",
+        ancestral_eta: float = 1.0,
+        dynamic_shift: bool = False,
         tiled: bool = True,
         tile_size_in_pixels: int = 512,
         tile_overlap_in_pixels: int = 128,
@@ -239,6 +251,8 @@ class LTX2AudioVideoPipeline:
         use_two_stage_pipeline: bool = False,
         stage2_spatial_upsample_factor: float = 2,
         clear_lora_before_state_two: bool = False,
+        stage1_lora_strength: float = 0.0,
+        stage2_lora_strength: float | None = None,
         use_distilled_pipeline: bool = False,
         conventions: str = "official",
         progress_bar_cmd: ProgressBar = tqdm,
@@ -267,14 +281,13 @@ class LTX2AudioVideoPipeline:
         arguments = dict(locals())
         for name in ("self", "progress_bar_cmd", "on_progress"):
             del arguments[name]
-        request = GenerateRequest(**request_fields(arguments)).validate()
-        inputs = load_inputs(
-            request,
-            input_images=input_images or (),
-            in_context_videos=in_context_videos or (),
-            retake_video=retake_video,
-            retake_audio=retake_audio,
-        )
+        clips: dict[str, Any] = {
+            "in_context_videos": in_context_videos or (),
+            "in_context_attention_mask": in_context_attention_mask,
+            "retake_video": retake_video,
+        }
+        request = fit_request(GenerateRequest(**request_fields(arguments)).validate(), **clips)
+        inputs = load_inputs(request, input_images=input_images or (), retake_audio=retake_audio, **clips)
         result = self.generate(request, inputs, with_bar(progress_bar_cmd, on_progress))
         return result.frames, result.audio_tensor()
 
@@ -293,9 +306,12 @@ class LTX2AudioVideoPipeline:
             RequestError: an argument that cannot work; raised before any weight is touched.
             CheckpointError: a part that this request needs was not loaded.
         """
-        self.check(request)
-        inputs = inputs_by_path(request) if inputs is None else inputs
+        request = self.check(request)
+        if inputs is None:
+            request = fit_request(request)
+            inputs = inputs_by_path(request)
         inputs.check(request)
+        inputs = inputs.cut(request.num_frames)
         request = replace(request, seed=resolve_seed(request.seed))
         assert request.seed is not None
         conventions = get_conventions(request.conventions)
@@ -385,7 +401,7 @@ class LTX2AudioVideoPipeline:
         """Decide what lies where; nothing is read.  Raises MemoryBudgetError where it does not fit."""
         self.parts.memory.prepare(
             request,
-            loras=lambda stage: self._stage_loras(request, stage),
+            loras=partial(self._book.of_stage, request),
             prompts=unknown_prompts(request, contexts),
         )
 
@@ -393,19 +409,27 @@ class LTX2AudioVideoPipeline:
         """What the last run was planned to take, what it took, and what moved; ready for JSON."""
         return self.parts.memory.report()
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: GenerateRequest) -> GenerateRequest:
         """Everything that a request needs of this pipeline, before any of it runs.
+
+        Returns: the request as it will run: cut with ``fit``, reference clips as the LoRAs want them.
 
         Raises:
             RequestError, CheckpointError: see :meth:`generate`.
         """
-        request.validate()
+        request = self._book.with_reference_factor(request.validate()).validate()
         stages = plan_stages(request, self.parts.version)
-        get_conventions(request.conventions)
+        check_sampler(request)
         check_rand_device(request)
         check_sizes(request, self.parts, stages)
         if request.use_two_stage_pipeline:
             self._check_two_stages(request)
+        elif request.stage1_lora_strength and self._book.distilled is None:
+            raise RequestError(
+                "stage1_lora_strength needs the distilled LoRA", hint="stage2_lora_config (--distilled-lora)"
+            )
+        if request.retake_audio is not None and not self.parts.has_audio:
+            raise RequestError("retake_audio: this model makes no sound", hint="leave retake_audio out")
         if self._assembly.says_distilled and guided(request):
             raise RequestError(
                 f"{self._assembly.sources['dit']} is a distilled checkpoint, but guidance is asked for",
@@ -416,6 +440,7 @@ class LTX2AudioVideoPipeline:
         if not request.prompt.strip():
             logger.warning("the prompt is empty: the model chooses what to show")
         self.parts.require(_needs(self._units(request, stages)))
+        return request
 
     def _audio_shape(self, request: GenerateRequest) -> tuple[int, int, int, int] | None:
         decoder = self.parts.audio_vae_decoder
@@ -436,7 +461,7 @@ class LTX2AudioVideoPipeline:
                 f"{self._assembly.sources['upsampler']} does not double height and width, as two stages need",
                 hint=f"the spatial upscaler x2 of Lightricks/{model}",
             )
-        if self._stage2_lora is None and not request.use_distilled_pipeline:
+        if self._book.distilled is None and not request.use_distilled_pipeline:
             raise RequestError(
                 "use_two_stage_pipeline with a dev checkpoint needs stage2_lora_config",
                 hint=f"the distilled LoRA of Lightricks/{model} (--distilled-lora), or a distilled "
@@ -460,7 +485,7 @@ class LTX2AudioVideoPipeline:
                 units.append(Upsample())
             if has_video_inputs:
                 units.append(EncodeVideoInputs(stage))
-            units.append(Denoise(stage, partial(self._stage_loras, request, stage)))
+            units.append(Denoise(stage, partial(self._book.of_stage, request, stage)))
         return units
 
     def _decoding(self, request: GenerateRequest) -> list[Unit]:
@@ -472,31 +497,13 @@ class LTX2AudioVideoPipeline:
             units.append(DecodeAudio())
         return units
 
-    def _stage_loras(self, request: GenerateRequest, stage: "Stage") -> AbstractContextManager[object]:
-        """What changes the LoRAs for the length of a stage."""
-        loras, distilled = self._loras, self._stage2_lora
-        if loras is None or stage.number == 1:
-            return nullcontext()
-        lora = None if request.use_distilled_pipeline else distilled
-        return _second_stage(loras, lora, self._stage2_lora_strength, request.clear_lora_before_state_two)
-
     def _record(self, request: GenerateRequest) -> dict[str, Any]:
         """What made a result: it goes into the metadata of the file."""
-        loras = {
-            handle.source: strength
-            for handle, strength in (self._loras.active if self._loras else {}).items()
-        }
-        if (
-            self._stage2_lora is not None
-            and request.use_two_stage_pipeline
-            and not request.use_distilled_pipeline
-        ):
-            loras[f"{self._stage2_lora.report.source} (stage 2)"] = self._stage2_lora_strength
         return {
             "diffsynth": __version__,
             "model": MODEL_NAMES[self.parts.version],
             "files": dict(self._assembly.sources),
-            "loras": loras,
+            "loras": self._book.record(request),
             "request": request.to_dict(),
         }
 
@@ -520,17 +527,3 @@ def _run(unit: Unit, parts: Parts, state: GenerationState) -> None:
                 raise
         else:
             return
-
-
-@contextmanager
-def _second_stage(loras: LoraStack, lora: Lora | None, strength: float, alone: bool) -> "Iterator[None]":
-    """The distilled LoRA for a while; with ``alone`` the user's own ones are silent meanwhile."""
-    strengths = loras.active
-    with nullcontext() if lora is None else loras.scoped(lora, strength):
-        try:
-            for handle in strengths if alone else ():
-                loras.set_strength(handle, 0.0)
-            yield
-        finally:
-            for handle, before in strengths.items():
-                loras.set_strength(handle, before)

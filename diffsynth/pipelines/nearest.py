@@ -131,7 +131,7 @@ class _Search:
         request = self._request
         step = SPATIAL_STEP_PX * (STAGE_1_DIVISOR if request.use_two_stage_pipeline else 1)
         if request.in_context_videos:
-            step *= request.in_context_downsample_factor
+            step *= request.reference_factor
         height, width = request.height, request.width
         longer = max(height, width)
         found = []

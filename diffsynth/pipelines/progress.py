@@ -89,5 +89,5 @@ def with_bar(bar: ProgressBar, on_progress: OnProgress) -> OnProgress:
 def _items(progress: Progress) -> list[float] | None:
     """What a bar is moved along; None for a phase that has none."""
     if progress.denoised is not None:
-        return [1000 * sigma for sigma in progress.denoised.stage.sigmas[:-1].tolist()]
+        return [1000 * sigma for sigma in progress.denoised.stage.levels]
     return [float(percent) for percent in range(100)] if progress.unit == "byte" else None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffsynth.errors import CheckpointError, OutputError, RequestError
 from diffsynth.pipelines.result import Result
+from diffsynth.pipelines.stages import keeps_audio
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.files import atomic_file
@@ -56,11 +57,10 @@ class FinalLatents:
     def of(cls, result: Result) -> Self:
         """Those of a finished generation."""
         request = result.request
-        given = request.retake_audio is not None and not request.retake_audio_regions
         return cls(
             video=result.video_latent,
             audio=result.audio_latent,
-            sound=result.waveform if given else None,
+            sound=result.waveform if keeps_audio(request) else None,
             record=result.record,
         )
 

@@ -1,12 +1,15 @@
 """The denoising stages of a request: sizes, sigmas and guidance, decided before any weight is touched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
+from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.request import GenerateRequest, GuidanceParams
-from diffsynth.sampling.schedules import DISTILLED_STAGE_1, DISTILLED_STAGE_2, ltx2_schedule
+from diffsynth.sampling.loops import RES_2S_LAST_SIGMA
+from diffsynth.sampling.schedules import DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, ltx2_schedule
 
 DEFAULT_STEPS = {"2.0": 40, "2.3": 30}
 DEFAULT_CFG_SCALE = 3.0
@@ -27,11 +30,23 @@ class Stage:
     noise_scale: float
     video_guidance: GuidanceParams
     audio_guidance: GuidanceParams
+    sampler: str = "euler"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise level at which each step begins; res_2s makes one more for its last estimate."""
+        begins = tuple(self.sigmas[:-1].tolist())
+        return (*begins, RES_2S_LAST_SIGMA) if self.sampler == "res_2s" else begins
 
     @property
     def steps(self) -> int:
-        """Number of denoising steps."""
-        return len(self.sigmas) - 1
+        """Number of steps that are reported."""
+        return len(self.levels)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is traversed: twice per step with res_2s, but once in its last one."""
+        return 2 * self.steps - 1 if self.sampler == "res_2s" else self.steps
 
 
 def plan_stages(request: GenerateRequest, version: str) -> tuple[Stage, ...]:
@@ -51,6 +66,7 @@ def plan_stages(request: GenerateRequest, version: str) -> tuple[Stage, ...]:
         noise_scale=1.0 if request.denoising_strength == 1 else float(sigmas[0]),
         video_guidance=video,
         audio_guidance=audio,
+        sampler=request.sampler,
     )
     if not request.use_two_stage_pipeline:
         return (first,)
@@ -63,6 +79,7 @@ def plan_stages(request: GenerateRequest, version: str) -> tuple[Stage, ...]:
         noise_scale=float(second[0]),
         video_guidance=GuidanceParams(),
         audio_guidance=GuidanceParams(),
+        sampler=request.sampler,
     )
 
 
@@ -71,17 +88,40 @@ def guided(request: GenerateRequest) -> bool:
     return any(params != GuidanceParams() for params in _guidance(request))
 
 
+def keeps_video(request: GenerateRequest) -> bool:
+    """Whether a given clip stays as it is, so that only sound is made for it."""
+    return request.retake_video is not None and not request.retake_video_regions
+
+
+def keeps_audio(request: GenerateRequest) -> bool:
+    """Whether a given sound stays as it is, so that only pictures are made for it."""
+    return request.retake_audio is not None and not request.retake_audio_regions
+
+
 def _guidance(request: GenerateRequest) -> tuple[GuidanceParams, GuidanceParams]:
+    """Of video and audio.  A scale for both means nothing for what is kept, guidance of its own does.
+
+    Sound alone has no other modality to be isolated from.
+    """
+    neutral = GuidanceParams()
     if request.use_distilled_pipeline:
-        return GuidanceParams(), GuidanceParams()
-    if request.video_guidance is not None or request.audio_guidance is not None:
-        return request.video_guidance or GuidanceParams(), request.audio_guidance or GuidanceParams()
-    scale = DEFAULT_CFG_SCALE if request.cfg_scale is None else request.cfg_scale
-    return GuidanceParams(cfg_scale=scale), GuidanceParams(cfg_scale=scale)
+        return neutral, neutral
+    if request.video_guidance is None and request.audio_guidance is None:
+        scale = DEFAULT_CFG_SCALE if request.cfg_scale is None else request.cfg_scale
+        both = GuidanceParams(cfg_scale=scale)
+        video = neutral if keeps_video(request) or request.audio_only else both
+        return video, neutral if keeps_audio(request) else both
+    audio = request.audio_guidance or neutral
+    if request.audio_only:
+        return neutral, replace(audio, modality_scale=1.0)
+    return request.video_guidance or neutral, audio
 
 
 def _first_sigmas(request: GenerateRequest, version: str) -> Tensor:
     if request.use_distilled_pipeline:
         return torch.tensor(DISTILLED_STAGE_1, dtype=torch.float32)
     steps = request.num_inference_steps or DEFAULT_STEPS[version]
-    return ltx2_schedule(steps, start=request.denoising_strength)
+    tokens = DEFAULT_TOKENS
+    if request.dynamic_shift:
+        tokens = prod(video_latent_shape(request.num_frames, *request.stage_1_size))
+    return ltx2_schedule(steps, tokens, start=request.denoising_strength)

@@ -14,6 +14,7 @@ from diffsynth.pipelines.progress import OnProgress, Progress, ignore
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.conventions import Conventions
+from diffsynth.sampling.loops import Carry
 from diffsynth.sampling.noise import NoiseSource
 from diffsynth.utils.audio import Waveform
 
@@ -22,13 +23,15 @@ from diffsynth.utils.audio import Waveform
 class Unfinished:
     """Where a denoising loop goes on that did not come to its end: its noise is drawn only once.
 
-    ``estimates``: x0 by stream of the last finished step, which a stream that sits out the next one needs.
+    ``estimates``: x0 by stream of the last finished step, which a stream that sits out the next one needs;
+    ``carry``: what else the sampler needs.
     """
 
     video: ModalityState | None
     audio: ModalityState | None
     next_step: int
     estimates: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Carry = field(default_factory=Carry)
 
 
 @dataclass(kw_only=True)

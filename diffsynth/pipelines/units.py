@@ -1,6 +1,6 @@
 """The units of a generation.  Each names the parts it needs, does one thing, and can be run alone."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,41 +11,31 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.conditioning.items import (
-    ConditioningItem,
-    Frozen,
-    Keyframe,
-    LatentAtIndex,
-    ReferenceClip,
-    TemporalRegion,
     apply_items,
 )
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext, contexts_from_features, prompt_features
 from diffsynth.conditioning.tokens import video_latent_shape
-from diffsynth.device import capabilities, exact_float32
-from diffsynth.errors import RequestError
-from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
-from diffsynth.models.ltx2.tiling import TileConfig, decode_plan
+from diffsynth.device import exact_float32
+from diffsynth.models.ltx2.tiling import decode_plan
 from diffsynth.models.ltx2.upsampler import upsample_latent
-from diffsynth.models.ltx2.video_tiling import decode_tiles, encode_tiled
+from diffsynth.models.ltx2.video_tiling import decode_tiles
 from diffsynth.models.ltx2.video_vae import to_uint8
 from diffsynth.models.ltx2.vocoder import decode_audio
 from diffsynth.pipelines.checks import tile_config
 from diffsynth.pipelines.costs.transformer import free_chunk
 from diffsynth.pipelines.denoiser import Denoiser
+from diffsynth.pipelines.encode_inputs import kept_sound
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
+from diffsynth.pipelines.sample import sample
 from diffsynth.pipelines.stages import Stage, guided
 from diffsynth.pipelines.state import GenerationState, Unfinished
-from diffsynth.request import GenerateRequest, Region
-from diffsynth.sampling.conventions import ImageFit
-from diffsynth.sampling.loops import Step, euler
+from diffsynth.request import GenerateRequest
+from diffsynth.sampling.loops import Step
 from diffsynth.sampling.noise import add_noise
 from diffsynth.utils.audio import Waveform
-from diffsynth.utils.images import compress_round_trip, fit_image, frames_to_images
-
-DEFAULT_CRF = 33
-"""H.264 quality of the round trip of stills up to LTX-2.3: the models were trained on frames of videos."""
+from diffsynth.utils.images import frames_to_images
 
 
 class Unit(Protocol):
@@ -102,125 +92,6 @@ class EncodePrompts:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodeVideoInputs:
-    """Pictures, reference clips and the retaken clip -> conditioning items at the size of a stage."""
-
-    stage: Stage
-    needs: tuple[str, ...] = ("video_vae_encoder",)
-
-    def run(self, parts: Parts, state: GenerationState) -> None:
-        """Fill ``video_items``, and ``video_latent`` of the first stage when a clip is retaken."""
-        phase = f"encode inputs of stage {self.stage.number}"
-        jobs = list(self._jobs(parts, state))
-        items: list[ConditioningItem] = []
-        with parts.memory.phase(f"encode inputs {self.stage.number}") as run:
-            for done, job in enumerate(jobs):
-                state.report(phase, done, len(jobs))
-                items += job(tile_config(state.request, run.settings))
-        if jobs:
-            state.report(phase, len(jobs), len(jobs))
-        if state.inputs.retake_video is not None and not state.request.retake_video_regions:
-            items.append(Frozen())
-        state.video_items = items
-
-    def _jobs(
-        self, parts: Parts, state: GenerationState
-    ) -> Iterator[Callable[[TileConfig], list[ConditioningItem]]]:
-        """One per picture or clip to encode; it returns the items that come of it."""
-        request, inputs, stage = state.request, state.inputs, self.stage
-        if inputs.retake_video is not None:
-            yield partial(self._retake, parts, state, inputs.retake_video)
-        for image, frame, strength in zip(
-            inputs.images, request.image_frames(), request.image_strengths(), strict=True
-        ):
-            yield partial(self._picture, parts, state, image, frame, strength)
-        if stage.number == 1:
-            for clip in inputs.in_context_videos:
-                yield partial(self._reference, parts, state, clip)
-
-    def _retake(
-        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image], tiling: TileConfig
-    ) -> list[ConditioningItem]:
-        stage, regions = self.stage, state.request.retake_video_regions
-        latent = self._encode(parts, state, clip, (stage.height, stage.width), tiling)
-        items: list[ConditioningItem] = []
-        if stage.number == 1:
-            state.video_latent = latent
-        else:  # what is kept comes from the clip at this size, not from the upsampler
-            items.append(LatentAtIndex(latent=latent))
-        if regions:
-            items.append(TemporalRegion(regions=regions))
-        return items
-
-    def _picture(
-        self,
-        parts: Parts,
-        state: GenerationState,
-        image: Image.Image,
-        frame: int,
-        strength: float,
-        tiling: TileConfig,
-    ) -> list[ConditioningItem]:
-        request, stage = state.request, self.stage
-        crf = DEFAULT_CRF if request.input_images_crf is None else request.input_images_crf
-        latent = self._encode(parts, state, [image], (stage.height, stage.width), tiling, crf)
-        if frame == 0:
-            return [LatentAtIndex(latent=latent, strength=strength)]
-        return [Keyframe(latent=latent, frame_index=frame, strength=strength)]
-
-    def _reference(
-        self, parts: Parts, state: GenerationState, clip: Sequence[Image.Image], tiling: TileConfig
-    ) -> list[ConditioningItem]:
-        stage, factor = self.stage, state.request.in_context_downsample_factor
-        size = (stage.height // factor, stage.width // factor)
-        latent = self._encode(parts, state, clip, size, tiling)
-        return [ReferenceClip(latent=latent, downscale_factor=factor)]
-
-    def _encode(
-        self,
-        parts: Parts,
-        state: GenerationState,
-        frames: Sequence[Image.Image],
-        size: tuple[int, int],
-        tiling: TileConfig,
-        crf: int = 0,
-    ) -> Tensor:
-        """Frames -> float32 latent (1, C, F', H', W') at a size (height, width) in pixels."""
-        assert parts.video_vae_encoder is not None
-        fit = state.conventions.image_fit
-        pixels = torch.cat([_pixels(frame, *size, crf, fit) for frame in frames], dim=2)
-        if state.request.tiled:
-            encoder = parts.video_vae_encoder
-            latent = encode_tiled(encoder, pixels, tiling, device=parts.device, dtype=parts.dtype)
-        else:
-            latent = parts.video_vae_encoder(pixels.to(device=parts.device, dtype=parts.dtype))
-        return latent.float()
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeAudioInput:
-    """A given sound -> the initial audio latent and what of it is kept."""
-
-    needs: tuple[str, ...] = ("audio_vae_encoder",)
-
-    def run(self, parts: Parts, state: GenerationState) -> None:
-        """Fill ``audio_latent`` and ``audio_items``."""
-        assert parts.audio_vae_encoder is not None
-        assert state.inputs.retake_audio is not None
-        encoder, sound, request = parts.audio_vae_encoder, state.inputs.retake_audio, state.request
-        state.report("encode audio", 0, 1)
-        mel_config = encoder.config.mel
-        waveform = prepare_waveform(sound.samples, sound.sampling_rate, mel_config)
-        mel = log_mel(waveform, mel_config, complex_ok=capabilities(waveform.device).complex64)
-        with parts.memory.phase("encode audio"):
-            latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
-        assert state.audio_shape is not None
-        state.audio_latent = fit_audio_latent(latent, state.audio_shape[2])
-        state.audio_items = audio_items(request.retake_audio_regions)
-        state.report("encode audio", 1, 1)
-
-
-@dataclass(frozen=True, slots=True)
 class Denoise:
     """Noise, conditionings and prompt -> the latents of a stage.
 
@@ -252,15 +123,10 @@ class Denoise:
             chunk_tokens=free_chunk(longest),
             estimates=state.unfinished.estimates,
         )
+        on_step = partial(self._on_step, state, denoiser)
         with self.lora(), parts.memory.phase(f"denoise {stage.number}"):
-            video, audio = euler(
-                denoiser,
-                video,
-                audio,
-                stage.sigmas,
-                masked_step=conventions.masked_step,
-                on_step=partial(self._on_step, state, denoiser),
-                start_step=state.unfinished.next_step,
+            video, audio = sample(
+                stage, state, denoiser, state.unfinished, device=parts.device, on_step=on_step
             )
         state.unfinished = None
         state.video_latent = None if video is None else video.unpatchified()
@@ -278,7 +144,11 @@ class Denoise:
 
     def _on_step(self, state: GenerationState, denoiser: Denoiser, step: Step[ModalityState]) -> None:
         state.unfinished = Unfinished(
-            video=step.video, audio=step.audio, next_step=step.index + 1, estimates=denoiser.estimates
+            video=step.video,
+            audio=step.audio,
+            next_step=step.index + 1,
+            carry=step.carry,
+            estimates=denoiser.estimates,
         )
         denoised = Denoised(
             stage=self.stage,
@@ -380,14 +250,6 @@ class DecodeAudio:
         state.report("decode audio", 1, 1)
 
 
-def kept_sound(state: GenerationState) -> Waveform | None:
-    """The given sound at the length of the video, when none of it is to change."""
-    request, given = state.request, state.inputs.retake_audio
-    if given is None or request.retake_audio_regions:
-        return None
-    return given.fit(round(request.num_frames / request.frame_rate * given.sampling_rate))
-
-
 def prompts_of(request: GenerateRequest) -> list[str]:
     """The prompt, and the negative one if anything is guided."""
     return [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
@@ -403,30 +265,6 @@ def known_contexts(parts: Parts, request: GenerateRequest) -> dict[str, PromptCo
 def unknown_prompts(request: GenerateRequest, contexts: Mapping[str, PromptContext]) -> list[str]:
     """The prompts that have to be encoded, each once."""
     return [prompt for prompt in dict.fromkeys(prompts_of(request)) if prompt not in contexts]
-
-
-def audio_items(regions: Sequence[Region]) -> list[ConditioningItem]:
-    """What is kept of a given sound: all of it, or what lies outside the regions."""
-    return [TemporalRegion(regions=tuple(regions))] if regions else [Frozen()]
-
-
-def fit_audio_latent(latent: Tensor, frames: int) -> Tensor:
-    """Cut (B, C, T, M) to ``frames``, or append zeros: encoded sound is a little longer than the video.
-
-    Raises:
-        RequestError: there is no sound at all.
-    """
-    if latent.shape[2] == 0:
-        raise RequestError("retake_audio is empty", hint="a sound of the length of the video")
-    missing = frames - latent.shape[2]
-    return latent[:, :, :frames] if missing <= 0 else torch.nn.functional.pad(latent, (0, 0, 0, missing))
-
-
-def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit) -> Tensor:
-    """(1, 3, 1, H, W) float32; the compression comes before cropping, but after stretching."""
-    if fit is ImageFit.STRETCH:
-        return fit_image(compress_round_trip(image.resize((width, height)), crf), height, width, "stretch")
-    return fit_image(compress_round_trip(image, crf), height, width, "crop")
 
 
 def _as_pictures(chunk: Tensor) -> list[Image.Image]:

@@ -64,7 +64,8 @@ def combine(params: GuidanceParams | None, predictions: Mapping[PassKind, Tensor
 
     ``cond + (cfg - 1)(cond - uncond) + stg (cond - perturbed) + (modality - 1)(cond - isolated)``, then
     scaled by ``rescale * std(cond) / std(pred) + 1 - rescale``.  The deviation runs over the whole tensor,
-    appended conditioning tokens included.  Computed in float32.
+    appended conditioning tokens included.  ``cfg_kind`` replaces the first term by :func:`cfg_star_delta` or
+    :func:`apg_delta`.  Computed in float32.
 
     Args:
         predictions: (B, T, C) per pass; those with a zero coefficient may be missing.
@@ -82,12 +83,25 @@ def combine(params: GuidanceParams | None, predictions: Mapping[PassKind, Tensor
     cond = given.float()
     guided = cond
     for kind, scale in terms:
-        if scale != 0:
-            guided = guided + scale * (cond - predictions[kind].float())
+        if scale == 0:
+            continue
+        other = predictions[kind].float()
+        if kind is PassKind.UNCOND and params.cfg_kind != "cfg":
+            guided = guided + _projected_delta(params, cond, other)
+        else:
+            guided = guided + scale * (cond - other)
     if params.rescale_scale != 0:
         factor = cond.std() / guided.std()
         guided = guided * (params.rescale_scale * factor + (1 - params.rescale_scale))
     return guided.to(given.dtype)
+
+
+def _projected_delta(params: GuidanceParams, cond: Tensor, uncond: Tensor) -> Tensor:
+    if params.cfg_kind == "cfg_star":
+        return cfg_star_delta(cond, uncond, params.cfg_scale)
+    return apg_delta(
+        cond, uncond, params.cfg_scale, eta=params.apg_eta, norm_threshold=params.apg_norm_threshold
+    )
 
 
 def skips_step(step: int, skip_step: int) -> bool:

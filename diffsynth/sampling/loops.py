@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from diffsynth.sampling.conventions import MaskedStep
-from diffsynth.sampling.noise import SdeNoise, StateT
-from diffsynth.sampling.steps import blend, euler_step, res2s_coefficients, sde_step, velocity_from_x0
+from diffsynth.sampling.noise import RenewedNoise, SdeNoise, StateT
+from diffsynth.sampling.steps import (
+    ancestral_step,
+    blend,
+    euler_step,
+    res2s_coefficients,
+    sde_step,
+    velocity_from_x0,
+)
 
 T = TypeVar("T")
 Pair: TypeAlias = tuple[T | None, T | None]
@@ -36,6 +43,7 @@ class Carry:
 
     velocities: Pair[Tensor] = (None, None)
     sde: tuple[Tensor, Tensor] | None = None
+    renewed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +127,43 @@ def gradient_estimation(
             states = _each(_euler, states, steered, step=step)
             before = velocities
         _report(on_step, step, states, x0s, Carry(velocities=before))
+    return states
+
+
+def ancestral(
+    denoise: Denoise[StateT],
+    video: StateT | None,
+    audio: StateT | None,
+    sigmas: Sequence[float] | Tensor,
+    *,
+    noise: RenewedNoise,
+    eta: float = 1.0,
+    on_step: OnStep[StateT] | None = None,
+    start_step: int = 0,
+    carry: Carry | None = None,
+) -> Pair[StateT]:
+    """Euler that renews noise after every step, video first, then audio; kept tokens get none.
+
+    Args:
+        noise: where the new noise comes from.
+        eta: share of it, 0..1; 0 is plain Euler.
+        carry: that of the last finished step when resuming.
+    """
+    if carry is not None and carry.renewed is not None:
+        noise.restore(carry.renewed)
+
+    def move(state: StateT, x0: Tensor, *, step: _Position) -> StateT:
+        if step.sigma_next == 0:
+            return _euler(state, x0, step=step)
+        drawn = noise.draw(state)
+        moved = ancestral_step(state.latent, x0, drawn, step.sigma, step.sigma_next, eta)
+        return state.with_latent(blend(moved, state.mask, state.clean))
+
+    states: Pair[StateT] = (video, audio)
+    for step in _steps(_levels(sigmas), start_step):
+        x0s = _evaluate(denoise, states, step.sigma, step.index)
+        states = _each(move, states, x0s, step=step)
+        _report(on_step, step, states, x0s, Carry(renewed=noise.snapshot()))
     return states
 
 

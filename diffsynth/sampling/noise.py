@@ -93,15 +93,41 @@ class FreshNoise:
 
     def draw(self, state: TokenState) -> Tensor:
         """The same noise for the same target shape, whatever was drawn before."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        noise = torch.randn(state.target_shape, generator=generator, device=self.device)
-        tokens = state.patchified(noise)
-        batch, total, channels = state.latent.shape
-        if total > tokens.shape[1]:
-            shape = (batch, total - tokens.shape[1], channels)
-            appended = torch.randn(shape, generator=generator, device=self.device)
-            tokens = torch.cat([tokens, appended], dim=1)
-        return tokens.to(state.latent.dtype).to(state.latent.device)
+        return _unpatchified_draw(torch.Generator(self.device).manual_seed(self.seed), state)
+
+
+class RenewedNoise:
+    """Noise that an ancestral sampler adds between steps: one generator, video and audio in turns.
+
+    Drawn in float32 in the unpatchified layout, appended tokens after the target; its seed lies apart from
+    that of the initial noise, which it would otherwise repeat.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        # Seeds are 64 bits wide; the largest ones wrap around.
+        self.generator = torch.Generator(device).manual_seed((seed + 10000 + 2**63) % 2**64 - 2**63)
+
+    def draw(self, state: TokenState) -> Tensor:
+        """Noise for every token of the state, (B, T, C), its dtype and device."""
+        return _unpatchified_draw(self.generator, state)
+
+    def snapshot(self) -> Tensor:
+        """The generator's state, for :meth:`restore`."""
+        return self.generator.get_state()
+
+    def restore(self, snapshot: Tensor) -> None:
+        """Continue where :meth:`snapshot` was taken."""
+        self.generator.set_state(snapshot)
+
+
+def _unpatchified_draw(generator: torch.Generator, state: TokenState) -> Tensor:
+    device = generator.device
+    tokens = state.patchified(torch.randn(state.target_shape, generator=generator, device=device))
+    batch, total, channels = state.latent.shape
+    if total > tokens.shape[1]:
+        shape = (batch, total - tokens.shape[1], channels)
+        tokens = torch.cat([tokens, torch.randn(shape, generator=generator, device=device)], dim=1)
+    return tokens.to(state.latent.dtype).to(state.latent.device)
 
 
 def noise_source(rule: NoiseRule, seed: int, device: torch.device | str = "cpu") -> NoiseSource:

@@ -107,7 +107,7 @@ def test_values() -> None:
         *("--two-stage", "--no-tiled", "--image", "a.png", "--image", "b.png"),
         *("--image-index", "0", "--image-index", "-1", "--image-strength", "0.5", "--frames", "25"),
         *("--frame-rate", "25", "--cfg-scale", "2.5", "--seed", "-7"),
-        *("--retake-video", "c.mp4", "--retake-video-regions", "1:2.5", "--retake-video-regions", "3:4"),
+        *("--retake-video", "c.mp4", "--retake-video-regions", "0:0.25", "--retake-video-regions", "0.5:1"),
     )
     assert request == GenerateRequest(
         prompt="a boat",
@@ -121,7 +121,7 @@ def test_values() -> None:
         cfg_scale=2.5,
         seed=-7,
         retake_video="c.mp4",
-        retake_video_regions=((1.0, 2.5), (3.0, 4.0)),
+        retake_video_regions=((0.0, 0.25), (0.5, 1.0)),
     )
     assert request.validate()
 

@@ -34,7 +34,7 @@ def test_a_request_holds_plain_values() -> None:
             "input_images_strength": [1.0, 0.5],
             "in_context_videos": [[PICTURE] * 9],
             "retake_video": [PICTURE] * 9,
-            "retake_video_regions": [[0.0, 1.0]],
+            "retake_video_regions": [[0.0, 0.2]],
             "retake_audio": torch.zeros(2, 5),
             "retake_audio_regions": None,
             "seed": None,
@@ -42,7 +42,7 @@ def test_a_request_holds_plain_values() -> None:
     )
     request = GenerateRequest(num_frames=9, **fields).validate()
     assert request.input_images == ("picture 40x30", "b.png")
-    assert request.retake_video_regions == ((0.0, 1.0),)
+    assert request.retake_video_regions == ((0.0, 0.2),)
     assert GenerateRequest.from_dict(json.loads(request.to_json())) == request
 
 
@@ -101,7 +101,7 @@ def test_sounds() -> None:
     request = GenerateRequest(audio_sample_rate=16000)
     sound = load_inputs(request, retake_audio=torch.zeros(100, dtype=torch.float64)).retake_audio
     assert sound is not None
-    assert (sound.samples.shape, sound.samples.dtype) == ((1, 100), torch.float32)
+    assert (sound.samples.shape, sound.samples.dtype) == ((2, 100), torch.float32)
     assert sound.sampling_rate == 16000
     with pytest.raises(RequestError, match="retake_audio"):
         load_inputs(request, retake_audio=torch.zeros(1, 2, 100))

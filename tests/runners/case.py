@@ -19,10 +19,6 @@ class GoldenMismatch(AssertionError):
     """A computed tensor departs from the recorded one."""
 
 
-class LaterIssue(Exception):
-    """The case asks for something that is not built yet; it is listed as later, never passed over."""
-
-
 class Tolerance(NamedTuple):
     atol: float
     rtol: float = 0.0
@@ -42,7 +38,7 @@ class Comparison(NamedTuple):
 class Outcome:
     path: Path
     component: str
-    status: Literal["passed", "failed", "later"]
+    status: Literal["passed", "failed"]
     message: str = ""
     comparisons: list[Comparison] = field(default_factory=list)
 

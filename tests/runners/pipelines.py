@@ -1,8 +1,7 @@
 """Golden cases of whole pipeline runs: the weights lie in the folder above the case, whatever their names."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.loader import NetworkKind, WeightFiles, recognise
+from diffsynth.models.ltx2.transformer import LTX2Transformer, Pass
 from diffsynth.models.ltx2.video_vae import PerChannelStatistics
 from diffsynth.pipelines.inputs import Inputs
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.result import Result
-from diffsynth.request import GenerateRequest, GuidanceParams
-from tests.runners.case import Case, LaterIssue, Tolerance
+from diffsynth.request import DEFAULT_DOWNSAMPLE_FACTOR, GenerateRequest, GuidanceParams
+from diffsynth.utils.audio import Waveform
+from tests.runners.case import Case, Tolerance
 
 
 @dataclass
@@ -64,6 +65,29 @@ class Recorder:
             self.steps.setdefault(progress.denoised.stage.number, []).append(progress.denoised)
 
 
+class Evaluations:
+    """What the network is asked, call by call: samplers may ask it between their steps."""
+
+    def __init__(self, network: LTX2Transformer, recorder: Recorder) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._network = network
+        self._forward = network.forward_passes
+        self._recorder = recorder
+        self._counts: dict[int, int] = {}
+        network.forward_passes = self._asked  # type: ignore[method-assign]
+
+    def _asked(self, passes: Sequence[Pass], **how: Any) -> Any:
+        stage = max(self._recorder.steps)
+        number = self._counts.setdefault(stage, 0)
+        self._counts[stage] += 1
+        for modality in ("video", "audio"):
+            stream = getattr(passes[0], modality)
+            name = f"mid/stage{stage}/eval{number:02}"
+            self.found[f"{name}_{modality}_in"] = stream.latent
+            self.found.setdefault(f"{name}_sigma", stream.sigma)
+        return self._forward(passes, **how)
+
+
 def contexts(case: Case) -> None:
     """The text contexts of the prompts that the other cases of the folder state."""
     prompts = _prompts(case.path.parent)
@@ -81,47 +105,131 @@ def contexts(case: Case) -> None:
 def official(case: Case) -> None:
     """A run of the official pipelines; the behaviour of its version follows from the case."""
     inputs = case.meta["inputs"]
-    kind = inputs["pipeline"]
-    if kind in LATER:
-        raise LaterIssue(f"pipeline {kind}")
-    build = OFFICIAL.get(kind)
-    assert build is not None, f"no way to run the pipeline {kind!r}"
+    build = OFFICIAL.get(inputs["pipeline"])
+    assert build is not None, f"no way to run the pipeline {inputs['pipeline']!r}"
     folder = ModelFolder.of(case.path.parent.parent)
     arguments: dict[str, Any] = dict(inputs["args"])
-    pipe = folder.pipeline(stage2_strength=inputs.get("distilled_lora_strength"))
-    for _, strength in inputs.get("loras", []):
-        pipe.load_lora(pipe.dit, folder.loras[0], alpha=strength)
+    needs_lora = inputs["pipeline"] in DISTILLED_LORA
+    strength = inputs.get("distilled_lora_strength", 1.0) if needs_lora else None
+    pipe = folder.pipeline(stage2_strength=strength)
+    for _, alpha in inputs.get("loras", []):
+        pipe.load_lora(pipe.dit, folder.loras[0], alpha=alpha)
     request, given = build(case, arguments, inputs)
+    if "in/audio_latent" in case:
+        pipe.parts.audio_vae_encoder = Encoded(pipe.audio_vae_encoder, case["in/audio_latent"])  # type: ignore[assignment]
+    if "in/video_latent" in case:
+        pipe.parts.video_vae_encoder = Encoded(pipe.video_vae_encoder, case["in/video_latent"])  # type: ignore[assignment]
     run_and_compare(case, pipe, request, given)
 
 
-def _ti2vid(
-    case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]
-) -> tuple[GenerateRequest, Inputs]:
+class Encoded(torch.nn.Module):
+    """An encoder of which the case records the result, not the input."""
+
+    def __init__(self, encoder: Any, latent: Tensor) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.latent = latent
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.latent
+
+
+Built = tuple[GenerateRequest, Inputs]
+
+
+def _ti2vid(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any], **more: Any) -> Built:
+    """What all pipelines share; ``more`` are arguments of the request that a pipeline adds."""
     images = inputs.get("images", [])
-    distilled = inputs["pipeline"] == "distilled"
-    guidance = {} if distilled else _guidance(inputs)
-    request = GenerateRequest(
+    values: dict[str, Any] = {
         **_known(arguments),
-        **guidance,
+        **_guidance(inputs),
         **_images(images),
-        use_two_stage_pipeline=inputs["pipeline"] != "ti2vid_one_stage",
-        use_distilled_pipeline=distilled,
-        conventions=_conventions(case),
-        tiled=False,
+        "use_two_stage_pipeline": inputs["pipeline"] != "ti2vid_one_stage",
+        "conventions": _conventions(case),
+        "tiled": False,
+        **more,
+    }
+    return GenerateRequest(**values), Inputs(images=_open(case, images))
+
+
+def _distilled(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    return _ti2vid(case, arguments, inputs, use_distilled_pipeline=True)
+
+
+def _hq(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    return _ti2vid(
+        case,
+        arguments,
+        inputs,
+        sampler="res_2s",
+        dynamic_shift=True,
+        stage1_lora_strength=inputs["distilled_lora_strength_stage_1"],
+        stage2_lora_strength=inputs["distilled_lora_strength_stage_2"],
     )
-    return request, Inputs(images=_open(case, images))
 
 
-OFFICIAL: dict[str, Callable[[Case, dict[str, Any], Mapping[str, Any]], tuple[GenerateRequest, Inputs]]] = {
+def _keyframes(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    return _ti2vid(case, arguments, inputs, input_images_as_keyframes=True)
+
+
+def _a2vid(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    request, given = _ti2vid(case, arguments, inputs, retake_audio="recorded latent")
+    return request, replace(given, retake_audio=_some_sound(request))
+
+
+def _retake(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    regions = ((arguments.pop("start_time"), arguments.pop("end_time")),)
+    video, audio = (arguments.pop(f"regenerate_{name}", True) for name in ("video", "audio"))
+    arguments["num_frames"], arguments["frame_rate"] = arguments.pop("frames"), arguments.pop("fps")
+    more: dict[str, Any] = {
+        "use_two_stage_pipeline": False,
+        "use_distilled_pipeline": arguments.pop("distilled"),
+        "retake_video": arguments.pop("video_path"),
+        "retake_video_regions": regions if video else (),
+        "retake_audio": "its sound",
+        "retake_audio_regions": regions if audio else (),
+    }
+    request, given = _ti2vid(case, arguments, inputs, **more)
+    clip = torch.zeros(request.num_frames, 2, 3, 3, dtype=torch.uint8)
+    return request, replace(given, retake_video=clip, retake_audio=_some_sound(request))
+
+
+def _ic_lora(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
+    more: dict[str, Any] = {
+        "use_distilled_pipeline": True,
+        "clear_lora_before_state_two": True,
+        "in_context_videos": ("reference",),
+        "in_context_downsample_factor": inputs["reference_downscale_factor"],
+        "in_context_strength": inputs["video_conditioning_strength"],
+        "in_context_attention_strength": inputs["conditioning_attention_strength"],
+    }
+    if inputs["skip_stage_2"]:  # then the first stage is all there is
+        size = {name: arguments[name] // 2 for name in ("height", "width")}
+        more |= {"use_two_stage_pipeline": False, **size}
+    request, given = _ti2vid(case, arguments, inputs, **more)
+    blocks = case["in/reference_video_blocks_u8"].float().repeat_interleave(8, -2).repeat_interleave(8, -1)
+    clip = (blocks * (127.5 / 8))[0].permute(1, 2, 3, 0)
+    return request, replace(given, in_context_videos=(clip,))
+
+
+def _some_sound(request: GenerateRequest) -> Waveform:
+    """Anything, where the case records its encoding."""
+    return Waveform(torch.zeros(2, round(request.num_frames / request.frame_rate * 16000)), 16000)
+
+
+OFFICIAL: dict[str, Callable[[Case, dict[str, Any], Mapping[str, Any]], Built]] = {
     "ti2vid_one_stage": _ti2vid,
     "ti2vid_two_stages": _ti2vid,
-    "distilled": _ti2vid,
+    "ti2vid_two_stages_hq": _hq,
+    "distilled": _distilled,
+    "keyframe_interpolation": _keyframes,
+    "a2vid_two_stage": _a2vid,
+    "retake": _retake,
+    "ic_lora": _ic_lora,
 }
-
-
-LATER = frozenset({"ti2vid_two_stages_hq", "keyframe_interpolation", "a2vid_two_stage", "retake", "ic_lora"})
-"""Pipelines of the family that cannot be asked for yet; their cases are listed as later."""
+DISTILLED_LORA = frozenset(
+    {"ti2vid_two_stages", "ti2vid_two_stages_hq", "keyframe_interpolation", "a2vid_two_stage"}
+)
 
 
 def diffsynth(case: Case) -> None:
@@ -172,7 +280,10 @@ def defaults(case: Case) -> None:
         steps = meta["params"][model]["num_inference_steps"]
         case.check_equal(f"{model} steps", DEFAULT_STEPS[version], steps)
     own = {f: GenerateRequest.__dataclass_fields__[f].default for f in GenerateRequest.__dataclass_fields__}
-    own |= {"input_images_indexes": [0]}
+    own |= {
+        "input_images_indexes": [0],
+        "in_context_downsample_factor": DEFAULT_DOWNSAMPLE_FACTOR,
+    }
     for name, value in meta["diffsynth_call"]["newest"].items():
         if name in own and own[name] is not None and own[name] != () and value is not None:
             case.check_equal(f"newest {name}", own[name], value)
@@ -183,8 +294,9 @@ def run_and_compare(
 ) -> Result:
     """Run, then compare every recorded tensor that the run has."""
     recorder = Recorder()
+    evaluations = Evaluations(pipe.dit, recorder)
     result = pipe.generate(request, given, recorder)
-    found = _recorded(recorder, pipe, patchified=case.component == "pipeline")
+    found = _recorded(recorder, pipe, patchified=case.component == "pipeline") | evaluations.found
     last = max(recorder.steps)
     found |= {
         "out/final_video_latents": found[f"out/stage{last}/video_final"],
@@ -291,8 +403,8 @@ def _conventions(case: Case) -> str:
 def _guidance(inputs: Mapping[str, Any]) -> dict[str, GuidanceParams]:
     found = {}
     for name in ("video_guidance", "audio_guidance"):
-        with suppress(TypeError):  # "all off" instead of a table
-            values = dict(inputs[name])
+        values = inputs.get(name)
+        if isinstance(values, Mapping):  # not "all off"
             found[name] = GuidanceParams(**{**values, "stg_blocks": tuple(values["stg_blocks"])})
     return found
 

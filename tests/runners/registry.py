@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.runners.case import Case, GoldenMismatch, LaterIssue, Outcome
+from tests.runners.case import Case, GoldenMismatch, Outcome
 
 Runner = Callable[[Case], None]
 
@@ -102,8 +102,6 @@ def run(path: Path) -> Outcome:
         with torch.inference_mode():
             runner(case)
         case.finish()
-    except LaterIssue as reason:
-        return Outcome(path, component, "later", str(reason))
     except GoldenMismatch as error:
         return Outcome(path, component, "failed", str(error), case.comparisons)
     except Exception as error:
