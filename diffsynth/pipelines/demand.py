@@ -106,9 +106,10 @@ def phases(
         yield _holding(_encode_audio(request, sizes), held)
     stages = plan_stages(request, sizes.version)
     sound = _audio_latent_bytes(request, sizes)
+    heard = sound if request.retake_audio is not None else 0
     for stage in stages:
         given = _given_bytes(request, stage, sizes)
-        made = sound + _latent_bytes(request, stage, sizes) if stage.number > 1 else 0
+        made = sound + _latent_bytes(request, stage, sizes) if stage.number > 1 else heard
         if stage.number > 1 and sizes.has("upsampler"):
             beside = sound + _second_copy(request, stages[0], sizes)
             yield _holding(_upsample(request, sizes), held + beside)
@@ -239,6 +240,8 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         chunk_tokens=free_chunk(max(video, audio)),
         itemsize=sizes.itemsize,
         lora_rank=lora.rank,
+        carried=_carried_copies(stage.sampler, sizes),
+        weighted=stage.number == 1 and request.weighs_references,
     )
     return _phase(
         f"denoise {stage.number}",
@@ -250,6 +253,15 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         activation_cause=_size_of(request),
         weight_cause="the storage format of the transformer",
     )
+
+
+def _carried_copies(sampler: str, sizes: ModelSizes) -> int:
+    """What a sampler keeps of both streams during an evaluation, in float32 latents."""
+    if sampler == "gradient_estimation":
+        return 2  # the last velocity and the one before
+    if sampler == "res_2s":  # the first estimate, the state at the middle; there anchor and state exactly
+        return 2 + 2 * (2 if sizes.has_float64 else 1)
+    return 0
 
 
 def video_tokens(request: GenerateRequest, stage: Stage) -> int:
@@ -332,7 +344,8 @@ def _decode_video(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
 
 
 def _encode_audio(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
-    cost = audio_encoder_cost(sizes.audio_vae("audio_vae_encoder"), _audio_frames(request), sizes.itemsize)
+    frames = _audio_frames(request) + 1  # the last window reaches beyond the video
+    cost = audio_encoder_cost(sizes.audio_vae("audio_vae_encoder"), frames, sizes.itemsize)
     return _phase(
         "encode audio",
         "audio_vae_encoder",

@@ -209,7 +209,9 @@ def fit_audio_latent(latent: Tensor, frames: int) -> Tensor:
     if latent.shape[2] == 0:
         raise RequestError("retake_audio is empty", hint="a sound of the length of the video")
     missing = frames - latent.shape[2]
-    return latent[:, :, :frames] if missing <= 0 else torch.nn.functional.pad(latent, (0, 0, 0, missing))
+    if missing > 0:
+        return torch.nn.functional.pad(latent, (0, 0, 0, missing))
+    return latent[:, :, :frames].contiguous()  # a view would keep all of it
 
 
 def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit) -> Tensor:

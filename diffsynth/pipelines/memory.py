@@ -92,7 +92,8 @@ class ManagedMemory:
         self._budget = budget
         self._weights = PackedWeights(weights, storage, parts.dtype, backend, cache=cache)
         self._storage = storage
-        self._sizes = model_sizes(parts, storage, on_disk=() if cache is None else on_disk)
+        sizes = model_sizes(parts, storage, on_disk=() if cache is None else on_disk)
+        self._sizes = replace(sizes, has_float64=backend.capabilities.float64)
         self._demands: tuple[PhaseDemand, ...] = ()
         self.loras: LoraStack | None = None
         """Books of the LoRAs of the transformer, which travel with its blocks."""

@@ -75,6 +75,8 @@ class ModelSizes:
     """Bytes per value of the compute dtype."""
     configs: Mapping[str, object]
     parts: Mapping[str, PartSizes]
+    has_float64: bool = True
+    """Whether samplers that work in float64 find it on the device."""
 
     def has(self, part: str) -> bool:
         """Whether the part is there."""

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffsynth.pipelines.inputs import Inputs, load_inputs
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.memory import ManagedMemory
 from diffsynth.pipelines.nearest import plan_request
 from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.storage import Storage
 from diffsynth.request import GenerateRequest
+from diffsynth.utils.audio import Waveform
 from diffsynth.vram.formats import AS_IS, decode, effective_format, encode
 from diffsynth.vram.plan import PhasePlan, Plan
 from diffsynth.vram.planner import Budget, PhaseDemand, fits, spread
@@ -23,12 +25,49 @@ from tests.pipelines.tiny import PICTURES, load, pixels
 SMALL: Mapping[str, Any] = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2}
 PICTURED: Mapping[str, Any] = {"input_images": tuple(map(str, PICTURES)), "input_images_indexes": (0, -1)}
 TWO_STAGES: Mapping[str, Any] = {**SMALL, "height": 128, "width": 128, "use_two_stage_pipeline": True}
-MODES: Mapping[str, Mapping[str, Any]] = {
-    "one stage": SMALL,
-    "two stages": TWO_STAGES,
-    "distilled": {**TWO_STAGES, "use_distilled_pipeline": True, "num_inference_steps": None},
-    "sound alone": {**SMALL, "audio_only": True},
+DISTILLED: Mapping[str, Any] = {"use_distilled_pipeline": True, "num_inference_steps": None}
+SOME_REGIONS: Mapping[str, Any] = {
+    "retake_video": "clip",
+    "retake_video_regions": ((0.0, 0.04),),
+    "retake_audio": "sound",
+    "retake_audio_regions": ((0.1, 0.2),),
 }
+REFERENCES: Mapping[str, Any] = {
+    **DISTILLED,
+    "in_context_videos": ("clip", "clip"),
+    "in_context_downsample_factor": 1,
+    "in_context_strength": (1.0, 0.8),
+    "in_context_attention_strength": 0.6,
+    "clear_lora_before_state_two": True,
+}
+HQ: Mapping[str, Any] = {
+    "sampler": "res_2s",
+    "dynamic_shift": True,
+    "stage1_lora_strength": 0.25,
+    "stage2_lora_strength": 0.5,
+}
+
+
+def every_mode(two_stages: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Arguments of a small generation by mode, those in two stages at the size of ``two_stages``."""
+    return {
+        "one stage": SMALL,
+        "two stages": two_stages,
+        "distilled": {**two_stages, **DISTILLED},
+        "sound alone": {**SMALL, "audio_only": True},
+        "HQ": {**two_stages, **HQ},
+        "keyframes": {**two_stages, **PICTURED, "input_images_as_keyframes": True},
+        "given sound": {**two_stages, "retake_audio": "sound"},
+        "retake": {**SMALL, **SOME_REGIONS},
+        "retake in two stages": {**two_stages, **SOME_REGIONS},
+        "given clip": {**SMALL, "retake_video": "clip"},
+        "reference clips": {**two_stages, **REFERENCES},
+        "gradient estimation": {**SMALL, "sampler": "gradient_estimation", "num_inference_steps": 3},
+        "ancestral": {**SMALL, "sampler": "ancestral", "num_inference_steps": 3},
+    }
+
+
+MODES: Mapping[str, Mapping[str, Any]] = every_mode(TWO_STAGES)
 
 
 class Made(NamedTuple):
@@ -45,8 +84,23 @@ def asked(**arguments: Any) -> GenerateRequest:
     return GenerateRequest(**given).validate()
 
 
+def given(request: GenerateRequest) -> Inputs:
+    """What the request names: pictures of the tiny set, and for every clip and sound the same random one."""
+    random = torch.Generator().manual_seed(5)
+    clip = torch.randint(0, 256, (request.num_frames, 40, 50, 3), generator=random, dtype=torch.uint8)
+    sound = Waveform(torch.rand(1, 12000, generator=random) - 0.5, 24000)
+    return load_inputs(
+        request,
+        input_images=request.input_images,
+        in_context_videos=[clip for _ in request.in_context_videos],
+        retake_video=clip if request.retake_video else None,
+        retake_audio=sound if request.retake_audio else None,
+    )
+
+
 def make(pipe: LTX2AudioVideoPipeline, on_progress: OnProgress = ignore, **arguments: Any) -> Made:
-    result = pipe.generate(asked(**arguments), on_progress=on_progress)
+    request = asked(**arguments)
+    result = pipe.generate(request, given(request), on_progress)
     assert result.waveform is not None
     frames = b"" if result.frames is None else pixels(result.frames)
     latents = (None if t is None else t.cpu() for t in (result.video_latent, result.audio_latent))

@@ -31,11 +31,17 @@ from diffsynth.vram.planner import PhaseDemand, fits, plan
 from tests.models.ltx2.test_transformer_memory import LiveBytes
 from tests.pipelines.tiny import SMALL
 
-MODES: Mapping[str, Mapping[str, bool]] = {
+MODES: Mapping[str, Mapping[str, Any]] = {
     "one-stage": {},
     "two-stage": {"use_two_stage_pipeline": True},
     "distilled": {"use_two_stage_pipeline": True, "use_distilled_pipeline": True},
 }
+WEIGHED: Mapping[str, Any] = {
+    "in_context_videos": ("a", "b"),
+    "in_context_attention_strength": 0.5,
+    "use_distilled_pipeline": True,
+}
+"""Two reference clips that are attended to with a weight."""
 SMALL_CARD = {8: find_gpu("RTX 4060"), 6: GpuClass(name="6", vram_gb=6, tflops=20, link_gb_per_s=12.5)}
 FOUR = GpuClass(name="4", vram_gb=4, tflops=10, link_gb_per_s=6.2)
 

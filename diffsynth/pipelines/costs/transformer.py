@@ -38,6 +38,8 @@ class DenoiseSizes:
         chunk_tokens: tokens that a feed-forward handles at once, None for all.
         itemsize: bytes per value of the compute dtype.
         lora_rank: rank of the LoRAs beside the weights, all together; 0 for none.
+        carried: float32 copies of the latents that the sampler keeps while the network works, beside Euler's.
+        weighted: whether video tokens attend to each other with weights.
     """
 
     video: int
@@ -50,6 +52,8 @@ class DenoiseSizes:
     chunk_tokens: int | None = None
     itemsize: int = 2
     lora_rank: int = 0
+    carried: int = 0
+    weighted: bool = False
 
 
 def free_chunk(tokens: int) -> int | None:
@@ -68,11 +72,12 @@ def denoise_cost(config: TransformerConfig, sizes: DenoiseSizes) -> Cost:
         _stream_peak(config, config.width, sizes.video, sizes),
         _stream_peak(config, config.audio_width, sizes.audio, sizes),
         _exchange_peak(config, sizes),
+        sizes.video**2 * 4 // sizes.itemsize if sizes.weighted else 0,  # float32 on the way to a logarithm
     )
     log_sums = LOG_SUM_BYTES * config.num_attention_heads * max(sizes.video, sizes.audio)
-    network = values * sizes.itemsize + log_sums + _state_bytes(config, sizes, STATE_COPIES)
-    sampler = _state_bytes(config, sizes, STEP_COPIES + 9 * sizes.passes // 4)
-    nbytes = max(network, sampler) + _prompt_bytes(config, sizes)
+    network = values * sizes.itemsize + log_sums + _state_bytes(config, sizes, STATE_COPIES + sizes.carried)
+    sampler = _state_bytes(config, sizes, STEP_COPIES + sizes.carried + 9 * sizes.passes // 4)
+    nbytes = max(network, sampler) + _prompt_bytes(config, sizes) + _attention_bytes(sizes)
     return Cost(nbytes, sizes.passes * config.num_layers * _block_flops(config, sizes))
 
 
@@ -138,6 +143,11 @@ def _prompt_bytes(config: TransformerConfig, sizes: DenoiseSizes) -> int:
     if config.caption_proj_before_connector:
         widths = [config.cross_attention_dim, config.audio_cross_attention_dim]
     return sizes.prompts * sizes.text * sum(widths) * sizes.itemsize
+
+
+def _attention_bytes(sizes: DenoiseSizes) -> int:
+    """Weights between all video tokens in float32, and their logarithm in the compute dtype."""
+    return sizes.video**2 * (4 + sizes.itemsize) if sizes.weighted else 0
 
 
 def _state_bytes(config: TransformerConfig, sizes: DenoiseSizes, copies: int) -> int:
