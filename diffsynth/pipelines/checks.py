@@ -13,7 +13,7 @@ from diffsynth.models.ltx2.upsampler import NORM_GROUPS
 from diffsynth.models.ltx2.video_tiling import decode_tiles
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.stages import Stage
-from diffsynth.request import SPATIAL_STEP_PX, TEMPORAL_STEP, GenerateRequest
+from diffsynth.request import SPATIAL_STEP_PX, TEMPORAL_STEP, GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import MaskedStep, get_conventions
 
 
@@ -56,6 +56,22 @@ def check_sampler(request: GenerateRequest) -> None:
             f"sampler={request.sampler!r} does not follow conventions={request.conventions!r}",
             hint="sampler='euler', or conventions='official'",
         )
+
+
+def check_blocks(request: GenerateRequest, parts: Parts) -> None:
+    """Whether the transformer has the blocks that guidance names.
+
+    Raises:
+        RequestError: it has fewer.
+    """
+    num_blocks = 0 if parts.dit is None else parts.dit.config.num_layers
+    for name in ("video_guidance", "audio_guidance"):
+        params: GuidanceParams | None = getattr(request, name)
+        if num_blocks and params is not None and max(params.stg_blocks, default=0) >= num_blocks:
+            raise RequestError(
+                f"{name}.stg_blocks={list(params.stg_blocks)}: this model has {num_blocks} blocks",
+                hint=f"blocks from 0 to {num_blocks - 1}",
+            )
 
 
 def check_rand_device(request: GenerateRequest) -> None:

@@ -235,7 +235,7 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         passes=len(kinds),
         contexts=2 if PassKind.UNCOND in kinds else 1,
         prompts=2 if guided(request) else 1,
-        timesteps=_distinct_timesteps(request),
+        timesteps=_distinct_timesteps(request, stage),
         # A rule, not a choice: what lies where must not show in the results.
         chunk_tokens=free_chunk(max(video, audio)),
         itemsize=sizes.itemsize,
@@ -275,9 +275,11 @@ def video_tokens(request: GenerateRequest, stage: Stage) -> int:
     return tokens
 
 
-def _distinct_timesteps(request: GenerateRequest) -> int:
+def _distinct_timesteps(request: GenerateRequest, stage: Stage) -> int:
     """Noise levels among the tokens of a stream: one, and one for every strength of something given."""
-    given = {*request.image_strengths(), *request.reference_strengths()}
+    given = set(request.image_strengths())
+    if stage.number == 1:
+        given |= set(request.reference_strengths())
     if request.retake_video_regions or request.retake_audio_regions:
         given.add(1.0)
     return 1 + len(given)

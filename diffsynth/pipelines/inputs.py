@@ -286,6 +286,6 @@ def request_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if key in values:
             values[key] = tuple((start, end) for start, end in values[key])
     for key in ("input_images_indexes", "input_images_strength", "in_context_strength"):
-        if isinstance(values.get(key), Sequence):
+        if isinstance(values.get(key), Sequence) and not isinstance(values[key], str):
             values[key] = tuple(values[key])
     return values

@@ -26,7 +26,7 @@ from diffsynth.pipelines.assemble import (
     open_models,
     read_transformer_lora,
 )
-from diffsynth.pipelines.checks import check_rand_device, check_sampler, check_sizes
+from diffsynth.pipelines.checks import check_blocks, check_rand_device, check_sampler, check_sizes
 from diffsynth.pipelines.encode_inputs import EncodeAudioInput, EncodeVideoInputs, kept_sound
 from diffsynth.pipelines.inputs import (
     Clip,
@@ -63,6 +63,7 @@ from diffsynth.pipelines.units import (
 from diffsynth.request import GenerateRequest, GuidanceParams, Region
 from diffsynth.sampling.conventions import get_conventions
 from diffsynth.sampling.noise import noise_source, resolve_seed
+from diffsynth.validation import check_finite
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.stages import Stage
@@ -147,6 +148,9 @@ class LTX2AudioVideoPipeline:
         if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
             raise RequestError(f"torch_dtype={torch_dtype!r} is not a floating dtype", hint="torch.bfloat16")
         target = resolve_device(device)
+        check_finite("stage2_lora_strength", stage2_lora_strength)
+        for source, alpha in loras:
+            check_finite(f"loras: the strength of {source}", alpha)
         check_states(model_configs, target, torch_dtype)
         if networks is None or "text_encoder" in networks:
             tokenizer_config = tokenizer_config or ModelConfig(model_id=GEMMA_ID)
@@ -420,6 +424,7 @@ class LTX2AudioVideoPipeline:
         request = self._book.with_reference_factor(request.validate()).validate()
         stages = plan_stages(request, self.parts.version)
         check_sampler(request)
+        check_blocks(request, self.parts)
         check_rand_device(request)
         check_sizes(request, self.parts, stages)
         if request.use_two_stage_pipeline:

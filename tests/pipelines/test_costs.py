@@ -51,9 +51,12 @@ def transformer_peak(config: TransformerConfig, sizes: DenoiseSizes, dtype: torc
         widths = [config.cross_attention_dim, config.audio_cross_attention_dim]
     latents = [empty(1, tokens, channels, dtype=torch.float32) for tokens, channels, _ in streams]
     positions = [empty(1, axes, tokens, 2, dtype=torch.float32) for tokens, _, axes in streams]
+    weights = [empty(1, sizes.video, sizes.video, dtype=torch.float32)] if sizes.weighted else []
     prompts = [[empty(1, sizes.text, width, dtype=dtype) for width in widths] for _ in range(sizes.prompts)]
 
-    def step(latents: list[Tensor], positions: list[Tensor], prompts: list[list[Tensor]]) -> Any:
+    def step(
+        latents: list[Tensor], positions: list[Tensor], prompts: list[list[Tensor]], weights: list[Tensor]
+    ) -> Any:
         sigma = torch.zeros(1)
         given = [
             Modality(
@@ -62,8 +65,11 @@ def transformer_peak(config: TransformerConfig, sizes: DenoiseSizes, dtype: torc
                 timesteps=sigma[:, None, None].expand(1, latent.shape[1], 1),
                 positions=place,
                 context=context,
+                attention_mask=weight,
             )
-            for latent, place, context in zip(latents, positions, prompts[0], strict=True)
+            for latent, place, context, weight in zip(
+                latents, positions, prompts[0], (*weights, None, None), strict=False
+            )
         ]
         passes = []
         for number in range(sizes.passes):
@@ -72,7 +78,7 @@ def transformer_peak(config: TransformerConfig, sizes: DenoiseSizes, dtype: torc
             passes.append(Pass(video=video, audio=audio))
         return module.forward_passes(passes, chunk_tokens=sizes.chunk_tokens)
 
-    return peak_bytes(step, latents, positions, prompts)
+    return peak_bytes(step, latents, positions, prompts, weights)
 
 
 def predicted(config: TransformerConfig, sizes: DenoiseSizes) -> int:
@@ -105,6 +111,16 @@ def test_a_denoising_step_at_tiny_widths(model: str, passes: int) -> None:
     peak = transformer_peak(config, sizes, torch.float32)
     # Attention counts its sums of exponentials, which the run without data does not show.
     assert peak <= predicted(config, sizes) <= 1.05 * peak
+
+
+def test_weights_between_tokens_are_counted() -> None:
+    config = tiny_config("ltx-2", num_layers=1)
+    for dtype, tokens in ((torch.float32, 384), (BF16, 384), (BF16, 1536)):
+        sizes = DenoiseSizes(
+            video=tokens, audio=26, text=128, itemsize=dtype.itemsize, weighted=True, chunk_tokens=256
+        )
+        peak = transformer_peak(config, sizes, dtype)
+        assert peak <= predicted(config, sizes) <= 1.1 * peak
 
 
 def test_the_free_chunk_costs_no_memory_and_a_larger_one_does() -> None:

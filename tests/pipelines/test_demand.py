@@ -150,6 +150,54 @@ def test_tokens_are_those_of_the_conditioned_state(ltx_2: ModelSizes) -> None:
     assert video_tokens(asked, stage) == apply_items(state, items).num_tokens
 
 
+def test_every_way_to_give_something_has_its_tokens(ltx_2: ModelSizes) -> None:
+    size, pictures = (128, 192, 25), {"input_images": ("a", "b"), "input_images_indexes": (0, -1)}
+    plain, replaced, added = (
+        request(*size, **more)  # type: ignore[arg-type]
+        for more in ({}, pictures, {**pictures, "input_images_as_keyframes": True})
+    )
+    tokens = [video_tokens(asked, plan_stages(asked, "2.0")[0]) for asked in (plain, replaced, added)]
+    assert tokens == [96, 96 + 24, 96 + 48]
+    largest = [demands(asked, ltx_2)["denoise 1"].choices[0] for asked in (plain, replaced, added)]
+    assert largest[0].activation_bytes < largest[1].activation_bytes < largest[2].activation_bytes
+    full, half = (
+        request(*size, in_context_videos=("a",), in_context_downsample_factor=factor) for factor in (1, 2)
+    )
+    tokens = [video_tokens(asked, plan_stages(asked, "2.0")[0]) for asked in (full, half)]
+    assert tokens == [192, 96 + 24]
+    assert full.reference_factor == 1
+    assert request(in_context_videos=("a",)).reference_factor == 2
+
+
+def test_weighted_references_cost_a_mask_of_all_pairs(sizes: ModelSizes) -> None:
+    weighed = demands(request(**WEIGHED), sizes)["denoise 1"].choices[0]
+    free = demands(request(**{**WEIGHED, "in_context_attention_strength": 1.0}), sizes)["denoise 1"].choices[
+        0
+    ]
+    tokens = 6144 + 2 * 1536
+    assert weighed.activation_bytes - free.activation_bytes == tokens**2 * (4 + 2)
+    both = demands(request(1024, 1536, **WEIGHED, use_two_stage_pipeline=True), sizes)
+    none = demands(
+        request(1024, 1536, use_two_stage_pipeline=True, use_distilled_pipeline=True), sizes, text=False
+    )
+    assert both["denoise 2"].choices[0].activation_bytes == none["denoise 2"].choices[0].activation_bytes, (
+        "references belong to the first stage"
+    )
+
+
+def test_hq_is_counted(sizes: ModelSizes) -> None:
+    hq: dict[str, Any] = {"sampler": "res_2s", "stage1_lora_strength": 0.25, "num_inference_steps": 15}
+    found = demands(request(1088, 1920, use_two_stage_pipeline=True, **hq), sizes)
+    assert found["denoise 1"].traversals == 31
+    assert found["denoise 2"].traversals == 7
+    assert {block.companion_bytes for block in found["denoise 1"].blocks} == {2 * 77_070_336}
+    exact, rough = (
+        demands(request(**hq), replace(sizes, has_float64=has))["denoise 1"].choices[0].activation_bytes
+        for has in (True, False)
+    )
+    assert exact - rough == 2 * 4 * 128 * (6144 + 126)
+
+
 @pytest.mark.parametrize("mode", ["guided", "distilled"])
 @pytest.mark.parametrize("size", [(128, 192, 25), (256, 384, 49)])
 def test_a_stage_needs_what_is_predicted(

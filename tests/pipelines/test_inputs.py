@@ -1,6 +1,7 @@
 """Objects that users hand over, and what the request records of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from PIL import Image
 
 from diffsynth.errors import RequestError
-from diffsynth.pipelines.inputs import Inputs, inputs_by_path, load_inputs, name_of, request_fields
+from diffsynth.pipelines.inputs import (
+    Inputs,
+    fit_request,
+    inputs_by_path,
+    load_inputs,
+    name_of,
+    request_fields,
+)
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
@@ -95,6 +103,45 @@ def test_a_longer_reference_is_cut_and_a_shorter_clip_refused(tmp_path: Path) ->
         load_inputs(GenerateRequest(num_frames=25), retake_video=file)
     with pytest.raises(RequestError, match="in_context_videos holds a clip without frames"):
         load_inputs(request, in_context_videos=[[]])
+
+
+def test_a_clip_may_be_a_tensor() -> None:
+    frames = torch.arange(12 * 4 * 4 * 3, dtype=torch.uint8).view(12, 4, 4, 3)
+    assert name_of(frames) == "clip of 12 frames"
+    read = load_inputs(GenerateRequest(num_frames=9), retake_video=frames).retake_video
+    assert isinstance(read, torch.Tensor)
+    assert torch.equal(read, frames[:9])
+
+
+def test_the_length_fits_the_shortest_clip(tmp_path: Path) -> None:
+    request = GenerateRequest(num_frames=25, in_context_videos=("a", "b"), fit=True)
+    clips = [[PICTURE] * 25, clip(tmp_path, 20)]
+    assert fit_request(request, in_context_videos=clips).num_frames == 17
+    assert fit_request(request, in_context_videos=clips, retake_video=[PICTURE] * 12).num_frames == 9
+    assert fit_request(request, in_context_videos=clips[:1]) is request
+    plain = GenerateRequest(num_frames=25)
+    assert fit_request(plain, in_context_videos=clips) is plain
+    named = GenerateRequest(num_frames=25, retake_video=str(clips[1]), fit=True)
+    assert fit_request(named).num_frames == 17
+
+
+def test_the_part_of_a_sound_that_goes_with_the_video(tmp_path: Path) -> None:
+    """By path and by object the same, but for what the file's coding changes."""
+    rate, request = 24000, GenerateRequest(num_frames=9, audio_sample_rate=24000, audio_start_time=0.125)
+    sound = torch.zeros(2, rate)
+    sound[:, 6000:] = torch.sin(torch.arange(rate - 6000) * 0.05) * 0.5
+    pictures = [Image.new("RGB", (64, 64))] * 24
+    file = write_video_audio_ltx2(pictures, sound, tmp_path / "clip.mp4", 24, rate)
+    parts = [load_inputs(request, retake_audio=given).retake_audio for given in (sound, file)]
+    assert all(part is not None and part.samples.shape[0] == 2 for part in parts)
+    first, second = (part.samples for part in parts if part is not None)
+    assert torch.equal(first, sound[:, 3000:])
+    assert not first[:, :3000].any()
+    assert (first[:, :9000] - second[:, :9000]).abs().max() < 0.1
+    short = replace(request, audio_max_duration=0.25)
+    cut = load_inputs(short, retake_audio=sound).retake_audio
+    assert cut is not None
+    assert torch.equal(cut.samples, sound[:, 3000:9000])
 
 
 def test_sounds() -> None:

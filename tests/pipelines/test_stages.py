@@ -1,5 +1,6 @@
 """Which steps and which guidance a request comes to."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.stages import guided, plan_stages
 from diffsynth.request import GenerateRequest, GuidanceParams
+from diffsynth.sampling.schedules import ltx2_schedule
 from tests.pipelines.tiny import call, same
 
 NEUTRAL = GuidanceParams()
@@ -61,6 +63,46 @@ def test_distilled() -> None:
 )
 def test_guided(arguments: dict[str, Any], expected: bool) -> None:
     assert guided(GenerateRequest(**arguments).validate()) is expected
+
+
+def test_the_steps_of_res_2s() -> None:
+    first, second = plan(use_two_stage_pipeline=True, sampler="res_2s", num_inference_steps=15, width=1536)
+    assert (first.steps, first.evaluations) == (16, 31)
+    assert (second.steps, second.evaluations) == (4, 7)
+    assert second.levels == pytest.approx([0.909375, 0.725, 0.421875, 0.0011])
+    (euler,) = plan(num_inference_steps=15)
+    assert euler.steps == euler.evaluations == 15
+
+
+def test_the_shift_follows_the_first_stage_on_demand() -> None:
+    size: dict[str, Any] = {"height": 1088, "width": 1920, "use_two_stage_pipeline": True}
+    plain, shifted = plan(**size)[0].sigmas, plan(**size, dynamic_shift=True)[0].sigmas
+    assert torch.equal(plain, ltx2_schedule(40))
+    assert torch.equal(shifted, ltx2_schedule(40, 16 * 17 * 30))
+
+
+SOUND: dict[str, Any] = {"retake_audio": "a.wav"}
+CLIP: dict[str, Any] = {"retake_video": "a.mp4"}
+CFG = GuidanceParams(cfg_scale=3.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "video", "audio"),
+    [
+        (SOUND, CFG, NEUTRAL),
+        ({**SOUND, "retake_audio_regions": ((0.0, 1.0),)}, CFG, CFG),
+        (CLIP, NEUTRAL, CFG),
+        ({**SOUND, "video_guidance": FULL}, FULL, NEUTRAL),
+        ({**SOUND, "video_guidance": FULL, "audio_guidance": CFG}, FULL, CFG),
+        ({"audio_only": True}, NEUTRAL, CFG),
+        ({"audio_only": True, "audio_guidance": FULL}, NEUTRAL, replace(FULL, modality_scale=1.0)),
+    ],
+)
+def test_what_is_kept_needs_no_guidance(
+    arguments: dict[str, Any], video: GuidanceParams, audio: GuidanceParams
+) -> None:
+    (stage,) = plan(**arguments)
+    assert (stage.video_guidance, stage.audio_guidance) == (video, audio)
 
 
 def test_guidance_of_one_modality_leaves_the_other_neutral() -> None:

@@ -1,3 +1,7 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,6 +56,24 @@ def test_all_terms_add_up() -> None:
     given = predictions()
     params = GuidanceParams(cfg_scale=3.0, stg_scale=0.5, stg_blocks=(1,), modality_scale=2.0)
     expected = given[C] + 2 * (given[C] - given[U]) + 0.5 * (given[C] - given[P]) + (given[C] - given[I])
+    torch.testing.assert_close(combine(params, given), expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "delta"),
+    [
+        ({"cfg_kind": "cfg_star"}, cfg_star_delta),
+        ({"cfg_kind": "apg"}, apg_delta),
+        (
+            {"cfg_kind": "apg", "apg_eta": 0.3, "apg_norm_threshold": 2.0},
+            partial(apg_delta, eta=0.3, norm_threshold=2.0),
+        ),
+    ],
+)
+def test_other_ways_to_use_the_negative_prompt(more: dict[str, Any], delta: Callable[..., Any]) -> None:
+    given = predictions()
+    params = GuidanceParams(cfg_scale=4.0, modality_scale=2.0, **more)
+    expected = given[C] + delta(given[C], given[U], 4.0) + (given[C] - given[I])
     torch.testing.assert_close(combine(params, given), expected)
 
 

@@ -10,14 +10,20 @@ from diffsynth.conditioning.items import Frozen
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.errors import Cancelled
 from diffsynth.sampling.conventions import MaskedStep
-from diffsynth.sampling.loops import Step, euler, gradient_estimation, res_2s
-from diffsynth.sampling.noise import SdeNoise, SharedNoise, add_noise
+from diffsynth.sampling.loops import Step, ancestral, euler, gradient_estimation, res_2s
+from diffsynth.sampling.noise import RenewedNoise, SdeNoise, SharedNoise, add_noise
 from diffsynth.sampling.steps import x0_from_velocity
 
 VIDEO = (1, 8, 2, 2, 3)
 AUDIO = (1, 2, 5, 4)
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.0)
-LOOPS: list[Callable[..., Any]] = [euler, gradient_estimation, res_2s]
+
+
+def ancestral_of_seed(*arguments: Any, **options: Any) -> Any:
+    return ancestral(*arguments, noise=RenewedNoise(3), **options)
+
+
+LOOPS: list[Callable[..., Any]] = [euler, gradient_estimation, res_2s, ancestral_of_seed]
 State = ModalityState | None
 
 
@@ -114,7 +120,7 @@ def test_one_modality_alone(loop: Callable[..., Any]) -> None:
     assert nothing is None
     nothing, _ = loop(Toy(), None, audio, SIGMAS)
     assert nothing is None
-    if loop is not res_2s:  # the SDE noise of the other modality moves the generators on
+    if loop in (euler, gradient_estimation):  # new noise of the other modality moves the generators on
         together, _ = loop(Toy(), video, audio, SIGMAS)
         assert torch.equal(alone.latent, together.latent)
 
@@ -169,6 +175,34 @@ def test_gradient_estimation_with_gamma_one_is_euler() -> None:
     assert other is not None
     torch.testing.assert_close(steered.latent, plain.latent, atol=1e-5, rtol=1e-5)
     assert (other.latent - plain.latent).abs().max() > 1e-3
+
+
+def test_an_ancestral_step_without_new_noise_is_euler() -> None:
+    plain, _ = euler(Toy(), *pair(), SIGMAS)
+    still, _ = ancestral_of_seed(Toy(), *pair(), SIGMAS, eta=0.0)
+    lively, _ = ancestral_of_seed(Toy(), *pair(), SIGMAS, eta=1.0)
+    assert plain is not None
+    # Partial masks are blended once more after each step; the others agree.
+    torch.testing.assert_close(still.latent[:, 2:], plain.latent[:, 2:], atol=1e-5, rtol=1e-5)
+    assert (lively.latent - plain.latent)[:, 2:].abs().max() > 1e-2
+
+
+def test_the_level_of_renewed_noise_is_that_of_the_schedule() -> None:
+    """Of a picture that is all zeros nothing but noise is left: its deviation is the next sigma."""
+    shape = (1, 64, 8, 8, 8)
+    state = ModalityState.video(shape, 24.0, latent=randn(shape, 1))
+    for eta in (0.5, 1.0):
+        levels: list[float] = []
+        ancestral(
+            lambda v, a, s, i: (torch.zeros_like(v.latent), None),  # type: ignore[union-attr]
+            state,
+            None,
+            SIGMAS,
+            noise=RenewedNoise(3),
+            eta=eta,
+            on_step=lambda step, found=levels: found.append(step.video.latent.std().item()),  # type: ignore[misc]
+        )
+        assert levels == pytest.approx(SIGMAS[1:], abs=0.01)
 
 
 @pytest.mark.parametrize("rule", list(MaskedStep))

@@ -7,6 +7,7 @@ from diffsynth.errors import RequestError
 from diffsynth.sampling.conventions import NoiserRule, NoiseRule
 from diffsynth.sampling.noise import (
     FreshNoise,
+    RenewedNoise,
     SdeNoise,
     SharedNoise,
     add_noise,
@@ -35,6 +36,20 @@ def test_a_given_seed_stays_and_a_missing_one_is_drawn_anew() -> None:
 def test_an_impossible_seed_is_refused(seed: int) -> None:
     with pytest.raises(RequestError, match="seed="):
         resolve_seed(seed)
+
+
+def test_renewed_noise_goes_on_and_is_not_that_of_the_start() -> None:
+    state = ModalityState.video(VIDEO, 24.0)
+    source = RenewedNoise(7)
+    first, kept, second = source.draw(state), source.snapshot(), source.draw(state)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, FreshNoise(7).draw(state))
+    source.restore(kept)
+    assert torch.equal(source.draw(state), second)
+    keyframe = Keyframe(latent=torch.zeros(1, 8, 1, 2, 3), frame_index=8)
+    longer = RenewedNoise(7).draw(keyframe.apply(state))
+    assert torch.equal(longer[:, : first.shape[1]], first)
+    assert RenewedNoise(2**63 - 1).draw(state).shape == first.shape
 
 
 def test_the_shared_source_draws_tokens_one_tensor_after_the_other() -> None:

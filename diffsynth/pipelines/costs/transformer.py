@@ -72,7 +72,7 @@ def denoise_cost(config: TransformerConfig, sizes: DenoiseSizes) -> Cost:
         _stream_peak(config, config.width, sizes.video, sizes),
         _stream_peak(config, config.audio_width, sizes.audio, sizes),
         _exchange_peak(config, sizes),
-        sizes.video**2 * 4 // sizes.itemsize if sizes.weighted else 0,  # float32 on the way to a logarithm
+        _logarithm_peak(sizes),
     )
     log_sums = LOG_SUM_BYTES * config.num_attention_heads * max(sizes.video, sizes.audio)
     network = values * sizes.itemsize + log_sums + _state_bytes(config, sizes, STATE_COPIES + sizes.carried)
@@ -148,6 +148,12 @@ def _prompt_bytes(config: TransformerConfig, sizes: DenoiseSizes) -> int:
 def _attention_bytes(sizes: DenoiseSizes) -> int:
     """Weights between all video tokens in float32, and their logarithm in the compute dtype."""
     return sizes.video**2 * (4 + sizes.itemsize) if sizes.weighted else 0
+
+
+def _logarithm_peak(sizes: DenoiseSizes) -> int:
+    """Beside both: a float32 copy on the way to another dtype, or which of them are zero."""
+    nbytes = 4 if sizes.itemsize < 4 else 1
+    return sizes.video**2 * nbytes // sizes.itemsize if sizes.weighted else 0
 
 
 def _state_bytes(config: TransformerConfig, sizes: DenoiseSizes, copies: int) -> int:
