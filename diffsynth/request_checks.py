@@ -106,7 +106,7 @@ def _check_size(request: "GenerateRequest") -> None:
 def _nearest(value: int, step: int, first: int = 0) -> str:
     """The legal numbers next to one, and the option that takes the smaller, if there is one."""
     legal = list(below_and_above(value, step, first))
-    return " or ".join(map(str, legal)) + (", or fit=True" if len(legal) == 2 else "")
+    return " or ".join(map(str, legal)) + (", or fit=True (--fit)" if len(legal) == 2 else "")
 
 
 def _check_images(request: "GenerateRequest") -> None:

@@ -48,7 +48,7 @@ def test_frames(frames: int) -> None:
         return
     message = refused(num_frames=frames)
     below = (frames - 1) // 8 * 8 + 1
-    assert message == f"num_frames={frames} is not 8k+1  Try: {below} or {below + 8}, or fit=True"
+    assert message == f"num_frames={frames} is not 8k+1  Try: {below} or {below + 8}, or fit=True (--fit)"
     assert GenerateRequest(num_frames=frames, fit=True).validate().num_frames == below
     assert below < frames < below + 8
 

@@ -72,9 +72,10 @@ class Inputs:
         """
         for name, clip in self._clips():
             if len(clip) < request.num_frames:
+                legal = _legal_length(len(clip))
                 raise RequestError(
                     f"{name} has {len(clip)} frames, num_frames is {request.num_frames}",
-                    hint=f"num_frames={_legal_length(len(clip))}, which fit=True chooses, or a longer clip",
+                    hint=f"num_frames={legal}, which fit=True (--fit) takes, or a longer clip",
                 )
         mask = self.in_context_attention_mask
         for number, clip in enumerate(self.in_context_videos):

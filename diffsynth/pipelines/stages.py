@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from diffsynth.conditioning.tokens import video_latent_shape
+from diffsynth.pipelines.presets import OFFICIAL_PRESETS
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.sampling.loops import RES_2S_LAST_SIGMA
 from diffsynth.sampling.schedules import DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, ltx2_schedule
 
-DEFAULT_STEPS = {"2.0": 40, "2.3": 30}
 DEFAULT_CFG_SCALE = 3.0
 
 
@@ -120,7 +120,7 @@ def _guidance(request: GenerateRequest) -> tuple[GuidanceParams, GuidanceParams]
 def _first_sigmas(request: GenerateRequest, version: str) -> Tensor:
     if request.use_distilled_pipeline:
         return torch.tensor(DISTILLED_STAGE_1, dtype=torch.float32)
-    steps = request.num_inference_steps or DEFAULT_STEPS[version]
+    steps = request.num_inference_steps or OFFICIAL_PRESETS[version].num_inference_steps
     tokens = DEFAULT_TOKENS
     if request.dynamic_shift:
         tokens = prod(video_latent_shape(request.num_frames, *request.stage_1_size))

@@ -41,9 +41,12 @@ FULL = GuidanceParams(cfg_scale=3, modality_scale=3)
         ),
         ({"retake_video_regions": [(0.1, 0.2)]}, ["retake_video_regions is given without retake_video"]),
         # sizes, with the nearest legal cut
-        ({"height": 65}, ["height=65", "64 or 96, or fit=True"]),
+        ({"height": 65}, ["height=65", "64 or 96, or fit=True (--fit)"]),
         ({"num_frames": 12}, ["num_frames=12", "9 or 17, or fit=True"]),
-        ({"retake_video": CLIP[:7]}, ["retake_video has 7 frames", "num_frames=1, which fit=True chooses"]),
+        (
+            {"retake_video": CLIP[:7]},
+            ["retake_video has 7 frames", "num_frames=1, which fit=True"],
+        ),
         # references and masks
         ({"in_context_videos": [CLIP, CLIP[:5]]}, ["in_context_videos[1] has 5 frames, num_frames is 9"]),
         (

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
+from diffsynth.pipelines.stages import plan_stages
 from tests.pipelines.placed import (
     MODES,
     PICTURED,
     Made,
     Placement,
+    asked,
     compute_dtype,
     make,
     phases,
@@ -85,7 +87,15 @@ def test_every_mode(storage: str, mode: str, monkeypatch: pytest.MonkeyPatch) ->
     place(monkeypatch, PLACEMENTS["2 slots, a resident, in RAM"])
     # The strict device has no float64, in which res_2s works on the CPU.
     with StandIn(seed=1, strict_dtypes=mode != "HQ"):
-        assert same(make(managed(storage), **MODES[mode]), expected(storage, mode))
+        pipe = managed(storage)
+        assert same(make(pipe, **MODES[mode]), expected(storage, mode))
+        plans = {phase["name"]: phase for phase in pipe.memory_report()["plan"]["phases"]}
+        for stage in plan_stages(asked(**MODES[mode]), "2.0"):
+            plan, figures = plans[f"denoise {stage.number}"], phases(pipe)[f"denoise {stage.number}"]
+            assert plan["traversals"] == stage.evaluations
+            assert figures["traversals"] == stage.evaluations + 1, "the next one is begun ahead"
+            streamed = stage.evaluations * plan["bytes_per_traversal"]
+            assert figures["bytes_to_device"] <= 1.02 * streamed + plan["peak_vram_bytes"]
 
 
 def test_res_2s_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,16 +269,25 @@ def diffsynth(case: Case) -> None:
 def defaults(case: Case) -> None:
     """Numbers and texts of the official pipelines that this package repeats."""
     from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
-    from diffsynth.pipelines.stages import DEFAULT_STEPS
+    from diffsynth.pipelines.presets import HQ_LORA_STRENGTHS, HQ_PRESET, OFFICIAL_PRESETS
     from diffsynth.sampling.schedules import DISTILLED_STAGE_1, DISTILLED_STAGE_2
 
     meta = case.meta
     case.check_equal("default_negative_prompt", NEGATIVE_PROMPT, meta["default_negative_prompt"])
     case.check_equal("distilled sigmas", list(DISTILLED_STAGE_1), meta["sigmas"]["distilled"])
     case.check_equal("stage 2 sigmas", list(DISTILLED_STAGE_2), meta["sigmas"]["stage_2"])
-    for version, model in (("2.0", "LTX-2"), ("2.3", "LTX-2.3")):
-        steps = meta["params"][model]["num_inference_steps"]
-        case.check_equal(f"{model} steps", DEFAULT_STEPS[version], steps)
+    case.check_equal("HQ LoRA", list(HQ_LORA_STRENGTHS), meta["hq_distilled_lora_strength"])
+    presets = {"LTX-2": OFFICIAL_PRESETS["2.0"], "LTX-2.3": OFFICIAL_PRESETS["2.3"], "HQ": HQ_PRESET}
+    for model, preset in presets.items():
+        stated = dict(meta["params"][model])
+        for name in ("video", "audio"):
+            guidance = stated.pop(name)
+            params = GuidanceParams(**{**guidance, "stg_blocks": tuple(guidance["stg_blocks"])})
+            case.check_equal(f"{model} {name}", getattr(preset, f"{name}_guidance"), params)
+        for name, value in stated.items():
+            factor = 2 if name.startswith("stage_2") else 1
+            own_value = getattr(preset, name.removeprefix("stage_1_").removeprefix("stage_2_"))
+            case.check_equal(f"{model} {name}", factor * own_value, value)
     own = {f: GenerateRequest.__dataclass_fields__[f].default for f in GenerateRequest.__dataclass_fields__}
     own |= {
         "input_images_indexes": [0],
