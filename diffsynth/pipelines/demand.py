@@ -12,7 +12,7 @@ from math import prod
 from typing import TypeAlias
 
 from diffsynth.conditioning.text import CONTEXT_LENGTH
-from diffsynth.conditioning.tokens import audio_latent_frames, video_latent_shape
+from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.pipelines.costs.audio import audio_decoder_cost, audio_encoder_cost, vocoder_cost
 from diffsynth.pipelines.costs.cost import Cost
 from diffsynth.pipelines.costs.text import connectors_cost, gemma_cost
@@ -23,6 +23,13 @@ from diffsynth.pipelines.sizes import ModelSizes, PartSizes, model_sizes, releas
 from diffsynth.pipelines.stages import Stage, guided, plan_stages
 from diffsynth.pipelines.storage import Storage
 from diffsynth.pipelines.tiles import decode_choices, encode_choices
+from diffsynth.pipelines.workload import (
+    audio_frames,
+    carried_copies,
+    distinct_timesteps,
+    encoded_clips,
+    video_tokens,
+)
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.guidance import PassKind, guidance_passes
 from diffsynth.vram.binding import REST
@@ -154,7 +161,7 @@ def _statistics_bytes(sizes: ModelSizes) -> int:
 def _audio_latent_bytes(request: GenerateRequest, sizes: ModelSizes) -> int:
     if not (sizes.has("dit") and sizes.transformer.has_audio):
         return 0
-    return _audio_frames(request) * sizes.transformer.audio_in_channels * FLOAT32
+    return audio_frames(request) * sizes.transformer.audio_in_channels * FLOAT32
 
 
 def _latent_bytes(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> int:
@@ -178,7 +185,7 @@ def _given_bytes(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> i
     if not sizes.has("video_vae_encoder"):
         return 0
     channels = sizes.video_vae("video_vae_encoder").latent_channels
-    clips = _encoded_clips(request, stage)
+    clips = encoded_clips(request, stage)
     return sum(prod(video_latent_shape(*clip)) for clip in clips) * channels * FLOAT32
 
 
@@ -227,7 +234,7 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
     part, config = sizes.parts["dit"], sizes.transformer
     kinds = guidance_passes(stage.video_guidance, stage.audio_guidance)
     video = 0 if request.audio_only else video_tokens(request, stage)
-    audio = _audio_frames(request) if config.has_audio else 0
+    audio = audio_frames(request) if config.has_audio else 0
     step = DenoiseSizes(
         video=video,
         audio=audio,
@@ -235,12 +242,12 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         passes=len(kinds),
         contexts=2 if PassKind.UNCOND in kinds else 1,
         prompts=2 if guided(request) else 1,
-        timesteps=_distinct_timesteps(request, stage),
+        timesteps=distinct_timesteps(request, stage),
         # A rule, not a choice: what lies where must not show in the results.
         chunk_tokens=free_chunk(max(video, audio)),
         itemsize=sizes.itemsize,
         lora_rank=lora.rank,
-        carried=_carried_copies(stage.sampler, sizes),
+        carried=carried_copies(stage.sampler, has_float64=sizes.has_float64),
         weighted=stage.number == 1 and request.weighs_references,
     )
     return _phase(
@@ -253,36 +260,6 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
         activation_cause=_size_of(request),
         weight_cause="the storage format of the transformer",
     )
-
-
-def _carried_copies(sampler: str, sizes: ModelSizes) -> int:
-    """What a sampler keeps of both streams during an evaluation, in float32 latents."""
-    if sampler == "gradient_estimation":
-        return 2  # the last velocity and the one before
-    if sampler == "res_2s":  # the first estimate, the state at the middle; there anchor and state exactly
-        return 2 + 2 * (2 if sizes.has_float64 else 1)
-    return 0
-
-
-def video_tokens(request: GenerateRequest, stage: Stage) -> int:
-    """Tokens of the video stream in a stage: the target, keyframes, and reference clips in the first."""
-    frames, height, width = video_latent_shape(request.num_frames, stage.height, stage.width)
-    tokens = frames * height * width
-    tokens += height * width * len(request.keyframes())
-    if stage.number == 1:
-        factor = request.reference_factor
-        tokens += len(request.in_context_videos) * frames * (height // factor) * (width // factor)
-    return tokens
-
-
-def _distinct_timesteps(request: GenerateRequest, stage: Stage) -> int:
-    """Noise levels among the tokens of a stream: one, and one for every strength of something given."""
-    given = set(request.image_strengths())
-    if stage.number == 1:
-        given |= set(request.reference_strengths())
-    if request.retake_video_regions or request.retake_audio_regions:
-        given.add(1.0)
-    return 1 + len(given)
 
 
 def _lora_size(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Loras) -> LoraSize:
@@ -310,7 +287,7 @@ def _upsample(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
 
 
 def _encode_inputs(request: GenerateRequest, stage: Stage, sizes: ModelSizes) -> Iterable[PhaseDemand]:
-    clips = _encoded_clips(request, stage)
+    clips = encoded_clips(request, stage)
     if clips:
         config, itemsize = sizes.video_vae("video_vae_encoder"), sizes.itemsize
         yield _phase(
@@ -320,18 +297,6 @@ def _encode_inputs(request: GenerateRequest, stage: Stage, sizes: ModelSizes) ->
             encode_choices(request, config, clips, itemsize, CONVOLUTION_WORKSPACE),
             activation_cause=_tiles_of(request, _size_of(request)),
         )
-
-
-def _encoded_clips(request: GenerateRequest, stage: Stage) -> list[tuple[int, int, int]]:
-    """Frames, height and width of everything that is encoded for a stage; pictures are clips of one frame."""
-    clips = [(1, stage.height, stage.width)] * len(request.input_images)
-    if request.retake_video is not None:
-        clips.append((request.num_frames, stage.height, stage.width))
-    if stage.number == 1:
-        factor = request.reference_factor
-        one = (request.num_frames, stage.height // factor, stage.width // factor)
-        clips += [one] * len(request.in_context_videos)
-    return clips
 
 
 def _decode_video(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
@@ -346,7 +311,7 @@ def _decode_video(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
 
 
 def _encode_audio(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
-    frames = _audio_frames(request) + 1  # the last window reaches beyond the video
+    frames = audio_frames(request) + 1  # the last window reaches beyond the video
     cost = audio_encoder_cost(sizes.audio_vae("audio_vae_encoder"), frames, sizes.itemsize)
     return _phase(
         "encode audio",
@@ -359,7 +324,7 @@ def _encode_audio(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
 
 def _decode_audio(request: GenerateRequest, sizes: ModelSizes) -> PhaseDemand:
     """The vocoder works on the spectrogram that the decoder made."""
-    frames = _audio_frames(request)
+    frames = audio_frames(request)
     first = audio_decoder_cost(sizes.audio_vae("audio_vae_decoder"), frames, sizes.itemsize)
     second = vocoder_cost(sizes.vocoder, MEL_PER_LATENT * frames)
     both = (sizes.parts["audio_vae_decoder"], sizes.parts["audio_vocoder"])
@@ -410,10 +375,6 @@ def _choice(cost: Cost, workspace: float, **settings: int | None) -> Choice:
 def _blocks(part: PartSizes, companions: Mapping[str, int] | None = None) -> tuple[Block, ...]:
     travelling = companions or {}
     return tuple(Block(block.name, block.nbytes, travelling.get(block.name, 0)) for block in part.blocks)
-
-
-def _audio_frames(request: GenerateRequest) -> int:
-    return audio_latent_frames(request.num_frames, request.frame_rate)
 
 
 def _size_of(request: GenerateRequest) -> str:

@@ -184,10 +184,11 @@ class EncodeAudioInput:
 
 
 def given_sound(state: GenerationState) -> Waveform:
-    """The given sound at the length of the video, continued with silence where it is shorter."""
+    """The given sound in stereo at the length of the video, continued with silence where it is shorter."""
     sound, request = state.inputs.retake_audio, state.request
     assert sound is not None
-    return sound.fit(round(request.num_frames / request.frame_rate * sound.sampling_rate))
+    num_samples = round(request.num_frames / request.frame_rate * sound.sampling_rate)
+    return sound.to_stereo().fit(num_samples)
 
 
 def kept_sound(state: GenerationState) -> Waveform | None:

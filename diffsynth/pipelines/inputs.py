@@ -43,7 +43,8 @@ class Inputs:
         """Make sure that these are the objects of ``request``, and long enough for it.
 
         Raises:
-            RequestError: the request names more or fewer of them, or a clip is too short.
+            RequestError: the request names more or fewer of them, a clip is too short, or the sound has more
+                than two channels.
         """
         mask = self.in_context_attention_mask
         for name, here, named in (
@@ -62,6 +63,8 @@ class Inputs:
                     f"{name}: the request names {int(named)}, {int(here)} came with it",
                     hint="inputs=None reads what the request names",
                 )
+        if self.retake_audio is not None:
+            self.retake_audio.to_stereo()
         self.check_lengths(request)
 
     def check_lengths(self, request: GenerateRequest) -> None:

@@ -13,7 +13,7 @@ from diffsynth.conditioning.items import ConditioningItem, Keyframe, ReferenceCl
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.errors import MemoryBudgetError, RequestError
-from diffsynth.pipelines.demand import demands_for, video_tokens
+from diffsynth.pipelines.demand import demands_for
 from diffsynth.pipelines.gpus import GPUS, GpuClass, find_gpu
 from diffsynth.pipelines.inputs import Inputs
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
@@ -23,6 +23,7 @@ from diffsynth.pipelines.stages import plan_stages
 from diffsynth.pipelines.state import GenerationState
 from diffsynth.pipelines.storage import Storage
 from diffsynth.pipelines.units import Denoise
+from diffsynth.pipelines.workload import video_tokens
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import OFFICIAL
 from diffsynth.sampling.noise import noise_source

@@ -183,15 +183,16 @@ def _retake(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) ->
     arguments["num_frames"], arguments["frame_rate"] = arguments.pop("frames"), arguments.pop("fps")
     more: dict[str, Any] = {
         "use_two_stage_pipeline": False,
-        "use_distilled_pipeline": arguments.pop("distilled"),
+        "use_distilled_pipeline": arguments.pop("distilled", False),
         "retake_video": arguments.pop("video_path"),
         "retake_video_regions": regions if video else (),
-        "retake_audio": "its sound",
-        "retake_audio_regions": regions if audio else (),
     }
+    if "in/audio_latent" in case:  # without it the clip has no sound, and all of it is made
+        more |= {"retake_audio": "its sound", "retake_audio_regions": regions if audio else ()}
     request, given = _ti2vid(case, arguments, inputs, **more)
     clip = torch.zeros(request.num_frames, 2, 3, 3, dtype=torch.uint8)
-    return request, replace(given, retake_video=clip, retake_audio=_some_sound(request))
+    sound = _some_sound(request) if request.retake_audio else None
+    return request, replace(given, retake_video=clip, retake_audio=sound)
 
 
 def _ic_lora(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
@@ -199,11 +200,11 @@ def _ic_lora(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -
         "use_distilled_pipeline": True,
         "clear_lora_before_state_two": True,
         "in_context_videos": ("reference",),
-        "in_context_downsample_factor": inputs["reference_downscale_factor"],
-        "in_context_strength": inputs["video_conditioning_strength"],
-        "in_context_attention_strength": inputs["conditioning_attention_strength"],
+        "in_context_downsample_factor": inputs.get("reference_downscale_factor", 1),
+        "in_context_strength": inputs.get("video_conditioning_strength", 1.0),
+        "in_context_attention_strength": inputs.get("conditioning_attention_strength", 1.0),
     }
-    if inputs["skip_stage_2"]:  # then the first stage is all there is
+    if inputs.get("skip_stage_2"):  # then the first stage is all there is
         size = {name: arguments[name] // 2 for name in ("height", "width")}
         more |= {"use_two_stage_pipeline": False, **size}
     request, given = _ti2vid(case, arguments, inputs, **more)
