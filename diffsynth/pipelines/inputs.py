@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 from PIL import Image
@@ -24,6 +24,15 @@ Clip = str | Path | Sequence[Image.Image] | Tensor
 ClipFrames = Sequence[Image.Image] | Tensor
 """Pictures, or a tensor (F, H, W, 3) of values in 0..255."""
 Sound = str | Path | Tensor | Waveform
+
+
+class Clips(TypedDict):
+    """Everything that must be as long as the video."""
+
+    in_context_videos: Sequence[Clip]
+    in_context_attention_mask: Clip | None
+    retake_video: Clip | None
+
 
 BEYOND_S = 1.0
 """A sound is read so much further than the video goes, to tell whether it goes on."""
@@ -88,6 +97,14 @@ class Inputs:
                     f"{_at_least(mask, request)} frames, not {_at_least(clip, request)}",
                     hint="a mask with one frame for each frame of the clip",
                 )
+
+    def clips(self) -> Clips:
+        """Those that must be as long as the video, as :func:`fit_request` takes them."""
+        return {
+            "in_context_videos": self.in_context_videos,
+            "in_context_attention_mask": self.in_context_attention_mask,
+            "retake_video": self.retake_video,
+        }
 
     def cut(self, num_frames: int) -> Self:
         """Clips with no more frames than these."""
@@ -210,7 +227,20 @@ def load_inputs(
         retake_audio=None if retake_audio is None else _sound(retake_audio, request),
     )
     inputs.check_lengths(request)
+    _tell_size(inputs.retake_video, request)
     return inputs.cut(request.num_frames)
+
+
+def _tell_size(clip: ClipFrames | None, request: GenerateRequest) -> None:
+    """A clip of another size is no mistake, but what happens to it is said."""
+    if clip is None:
+        return
+    first = clip[0]
+    size = first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
+    if size != (request.width, request.height):
+        logger.warning(
+            "retake_video is %sx%s: it is resized and cropped to %sx%s", *size, request.width, request.height
+        )
 
 
 def _clip(argument: str, value: Clip, frame_cap: int) -> ClipFrames:

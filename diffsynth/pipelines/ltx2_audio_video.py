@@ -30,6 +30,7 @@ from diffsynth.pipelines.checks import check_blocks, check_rand_device, check_sa
 from diffsynth.pipelines.encode_inputs import EncodeAudioInput, EncodeVideoInputs, kept_sound
 from diffsynth.pipelines.inputs import (
     Clip,
+    Clips,
     Inputs,
     Picture,
     Sound,
@@ -285,7 +286,7 @@ class LTX2AudioVideoPipeline:
         arguments = dict(locals())
         for name in ("self", "progress_bar_cmd", "on_progress"):
             del arguments[name]
-        clips: dict[str, Any] = {
+        clips: Clips = {
             "in_context_videos": in_context_videos or (),
             "in_context_attention_mask": in_context_attention_mask,
             "retake_video": retake_video,
@@ -310,10 +311,10 @@ class LTX2AudioVideoPipeline:
             RequestError: an argument that cannot work; raised before any weight is touched.
             CheckpointError: a part that this request needs was not loaded.
         """
-        request = self.check(request)
-        if inputs is None:
-            request = fit_request(request)
-            inputs = inputs_by_path(request)
+        request = request.validate()
+        fitted = fit_request(request) if inputs is None else fit_request(request, **inputs.clips())
+        request = self.check(fitted)
+        inputs = inputs_by_path(request) if inputs is None else inputs
         inputs.check(request)
         inputs = inputs.cut(request.num_frames)
         request = replace(request, seed=resolve_seed(request.seed))

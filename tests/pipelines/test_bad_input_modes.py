@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth.errors import RequestError
+from diffsynth.pipelines.inputs import Inputs
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
@@ -133,6 +134,15 @@ def test_a_clip_that_does_not_fit_is_cut_on_demand(
     assert frames[0].size == (64, 64)
     assert "height=70 is cut to 64 to fit" in caplog.text
     assert "num_frames=25 is cut to 9 to fit the given clips" in caplog.text
+    assert "retake_video is 64x64: it is resized" not in caplog.text
+    request = GenerateRequest(
+        prompt="a", retake_video="clip", num_frames=25, height=64, width=96, num_inference_steps=1, fit=True
+    )
+    result = pipe.generate(request, Inputs(retake_video=CLIP))
+    assert result.request.num_frames == 9
+    with caplog.at_level(logging.WARNING):
+        call(pipe, retake_video=CLIP, width=96)
+    assert "retake_video is 64x64: it is resized and cropped to 96x64" in caplog.text
     late = {**arguments, "retake_video_regions": [(0.5, 0.9)]}
     refused(RequestError, lambda: call(pipe, **late, fit=True), "outside the clip, which lasts 0.375 s")
 
