@@ -76,7 +76,9 @@ def denoise_cost(config: TransformerConfig, sizes: DenoiseSizes) -> Cost:
     )
     log_sums = LOG_SUM_BYTES * config.num_attention_heads * max(sizes.video, sizes.audio)
     network = values * sizes.itemsize + log_sums + _state_bytes(config, sizes, STATE_COPIES + sizes.carried)
-    sampler = _state_bytes(config, sizes, STEP_COPIES + sizes.carried + 9 * sizes.passes // 4)
+    # Samplers that keep more also compute with more; a single pass has estimates of its own all the same.
+    combining = STEP_COPIES + 3 * sizes.carried // 2 + max(9 * sizes.passes // 4, 3)
+    sampler = _state_bytes(config, sizes, combining)
     nbytes = max(network, sampler) + _prompt_bytes(config, sizes) + _attention_bytes(sizes)
     return Cost(nbytes, sizes.passes * config.num_layers * _block_flops(config, sizes))
 
