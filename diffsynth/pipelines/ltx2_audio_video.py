@@ -28,6 +28,7 @@ from diffsynth.pipelines.assemble import (
     read_transformer_lora,
 )
 from diffsynth.pipelines.checks import check_rand_device, check_sizes
+from diffsynth.pipelines.enhance import EnhancePrompt, chat_for, known_enhancement
 from diffsynth.pipelines.inputs import (
     Clip,
     Inputs,
@@ -208,6 +209,7 @@ class LTX2AudioVideoPipeline:
         self,
         prompt: str = "",
         negative_prompt: str = "",
+        enhance_prompt: bool = False,
         denoising_strength: float = 1.0,
         input_images: Sequence[Picture] | None = None,
         input_images_indexes: Sequence[int] = (0,),
@@ -308,12 +310,13 @@ class LTX2AudioVideoPipeline:
             noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
-            contexts=known_contexts(self.parts, request),
+            enhanced_prompt=known_enhancement(self.parts, request),
         )
-        self._plan(request, state.contexts)
+        state.contexts = known_contexts(self.parts, state.prompted)
+        self._plan(state.prompted, state.contexts)
         for unit in self._making(request, stages):
             _run(unit, self.parts, state)
-        record = self._record(request)
+        record = self._record(request, state.enhanced_prompt)
         latents = FinalLatents(
             video=state.video_latent, audio=state.audio_latent, sound=kept_sound(state), record=record
         )
@@ -387,6 +390,7 @@ class LTX2AudioVideoPipeline:
             request,
             loras=lambda stage: self._stage_loras(request, stage),
             prompts=unknown_prompts(request, contexts),
+            chat=chat_for(self.parts, request),
         )
 
     def memory_report(self) -> dict[str, Any]:
@@ -452,7 +456,8 @@ class LTX2AudioVideoPipeline:
         has_video_inputs = (
             request.input_images or request.in_context_videos or request.retake_video is not None
         )
-        units: list[Unit] = [EncodePrompts()]
+        units: list[Unit] = [EnhancePrompt()] if request.enhance_prompt else []
+        units.append(EncodePrompts())
         if request.retake_audio is not None:
             units.append(EncodeAudioInput())
         for stage in stages:
@@ -480,7 +485,7 @@ class LTX2AudioVideoPipeline:
         lora = None if request.use_distilled_pipeline else distilled
         return _second_stage(loras, lora, self._stage2_lora_strength, request.clear_lora_before_state_two)
 
-    def _record(self, request: GenerateRequest) -> dict[str, Any]:
+    def _record(self, request: GenerateRequest, enhanced_prompt: str | None) -> dict[str, Any]:
         """What made a result: it goes into the metadata of the file."""
         loras = {
             handle.source: strength
@@ -498,6 +503,7 @@ class LTX2AudioVideoPipeline:
             "files": dict(self._assembly.sources),
             "loras": loras,
             "request": request.to_dict(),
+            **({} if enhanced_prompt is None else {"enhanced_prompt": enhanced_prompt}),
         }
 
 

@@ -16,6 +16,7 @@ from diffsynth.models.ltx2.upsampler import LatentUpsampler
 from diffsynth.models.ltx2.video_vae import PerChannelStatistics, VideoDecoder, VideoEncoder
 from diffsynth.models.ltx2.vocoder import Vocoder
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWE
+from diffsynth.pipelines.enhanced_cache import EnhancedPromptCache
 from diffsynth.pipelines.phases import AllOnDevice, Memory
 from diffsynth.pipelines.prompt_cache import PromptCache
 
@@ -49,6 +50,7 @@ class Parts:
     """Of the video latent; always on the device, whichever half of the autoencoder it came with."""
     memory: Memory = field(default_factory=AllOnDevice)
     prompt_cache: PromptCache | None = None
+    enhanced_cache: EnhancedPromptCache | None = None
 
     def require(self, names: Iterable[str]) -> None:
         """Check that parts are there.
@@ -65,7 +67,7 @@ class Parts:
 
     def loaded(self) -> list[str]:
         """Names of the parts that are there."""
-        skipped = {"device", "dtype", "version", "memory", "prompt_cache"}
+        skipped = {"device", "dtype", "version", "memory", "prompt_cache", "enhanced_cache"}
         return [f.name for f in fields(self) if f.name not in skipped and getattr(self, f.name) is not None]
 
     @property

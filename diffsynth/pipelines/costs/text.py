@@ -53,6 +53,33 @@ def gemma_cost(
     return Cost(kept + max(layer, project), flops)
 
 
+def enhance_cost(gemma: Gemma3Config, tokens: int, new_tokens: int, picture: bool, itemsize: int) -> Cost:
+    """The text model as a writer; operations are those of one traversal on average.
+
+    Args:
+        tokens: of the given text.
+        new_tokens: that are written at most; each takes a traversal.
+        picture: whether the given text holds one.
+        itemsize: of the compute dtype.
+    """
+    width, inner = gemma.hidden_size, gemma.intermediate_size
+    queries = gemma.num_attention_heads * gemma.head_dim
+    keys = gemma.num_key_value_heads * gemma.head_dim
+    layers, capacity = len(gemma.layer_kinds), tokens + new_tokens
+    kinds = set(gemma.layer_kinds)
+    kept = 2 * layers * capacity * keys * itemsize
+    kept += 2 * len(kinds) * capacity * gemma.head_dim // 2 * itemsize  # cosine and sine
+    windowed = "sliding_attention" in kinds and tokens > gemma.sliding_window
+    kept += (len(kinds) if picture else windowed) * tokens**2  # masks
+    attention = 2 * width + 2 * queries + 2 * keys + 2 * queries + queries
+    layer = tokens * itemsize * (width + max(attention, width + 3 * inner))
+    logits = 2 * gemma.vocab_size * itemsize
+    weights = width * (2 * queries + 2 * keys) + 3 * width * inner
+    flops = 2.0 * layers * weights * (tokens + new_tokens) + 2.0 * new_tokens * gemma.vocab_size * width
+    flops += layers * 4.0 * tokens * capacity * queries
+    return Cost(kept + max(layer, logits), flops / new_tokens)
+
+
 def connectors_cost(config: TextConnectorsConfig, tokens: Sequence[int], length: int, itemsize: int) -> Cost:
     """Both connectors, video first."""
     widths = feature_widths(config.features)
