@@ -7,7 +7,9 @@ one ``<bos>``.  Gemma has no system role: the instructions lead the turn of the 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffsynth.conditioning.enhance_instructions import PICTURE_TO_VIDEO, TEXT_TO_VIDEO
@@ -61,6 +63,16 @@ def chat_of(tokenizer: PromptTokenizer, prompt: str, *, picture_tokens: int = 0)
     assert token is not None, "a tokenizer that cannot mark pictures gets none"
     first = ids.index(token)
     return Chat(tuple(ids), slice(first, first + picture_tokens))
+
+
+def prepare_picture(picture: Image.Image, size: int) -> Tensor:
+    """[1, 3, size, size] float32 in [-1, 1], as the vision tower was trained: the longer side first becomes
+    ``size``, then the picture is stretched to a square, both with a bilinear filter."""
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    smaller = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    square = np.asarray(smaller.resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(square.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 
 
 def rewrite(

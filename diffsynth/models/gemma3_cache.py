@@ -54,15 +54,15 @@ def first_mask(n: int, window: int | None, picture: slice | None) -> Tensor | No
     Args:
         n: tokens of the first text.
         window: tokens that a token sees, itself included; None: all before it.
-        picture: the tokens of a picture: they see one another, whatever their order.
+        picture: the tokens of a picture: they see one another, whatever their order, inside the window.
     """
     if picture is None and (window is None or n <= window):
         return None
     position = torch.arange(n)
     distance = position[:, None] - position[None, :]
     mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
     if picture is not None:
         mask[picture, picture] = True
+    if window is not None:
+        mask &= distance < window
     return mask

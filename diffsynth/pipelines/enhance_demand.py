@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from diffsynth.conditioning import enhance
 from diffsynth.conditioning.enhance import Chat
 from diffsynth.models.gemma3_writer import head_rows
-from diffsynth.pipelines.costs.text import enhance_cost
-from diffsynth.pipelines.phases import ENHANCE
+from diffsynth.pipelines.costs.text import enhance_cost, picture_cost
+from diffsynth.pipelines.phases import ENHANCE, LOOK
 from diffsynth.pipelines.sizes import ModelSizes
 from diffsynth.vram.blocks import BLOCK_ALIGNMENT
 from diffsynth.vram.planner import Block, Choice, PhaseDemand
@@ -22,10 +22,11 @@ def enhance_demands(chat: Chat, sizes: ModelSizes, workspace: float) -> Iterable
     """
     if not sizes.has("text_encoder"):
         return
+    if chat.picture is not None:
+        yield _look(sizes, workspace)
     gemma, part = sizes.gemma, sizes.parts["text_encoder"]
-    cost = enhance_cost(
-        gemma, len(chat.ids), enhance.MAX_NEW_TOKENS, chat.picture is not None, sizes.itemsize
-    )
+    tokens, new_tokens, picture = len(chat.ids), enhance.MAX_NEW_TOKENS, chat.picture is not None
+    cost = enhance_cost(gemma, tokens, new_tokens, picture, sizes.itemsize)
     # A chunk of the head lies beside every layer: what is resident of the one is resident of the other.
     chunks = (_aligned(rows * gemma.hidden_size * sizes.itemsize) for rows in head_rows(gemma))
     yield PhaseDemand(
@@ -44,6 +45,23 @@ def enhance_demands(chat: Chat, sizes: ModelSizes, workspace: float) -> Iterable
         traversals=enhance.MAX_NEW_TOKENS,
         activation_cause="enhance_prompt",
         weight_cause="the storage format of the text encoder",
+    )
+
+
+def _look(sizes: ModelSizes, workspace: float) -> PhaseDemand:
+    part, cost = sizes.parts["picture_encoder"], picture_cost(sizes.vision, sizes.itemsize)
+    return PhaseDemand(
+        name=LOOK,
+        part="picture_encoder",
+        choices=(
+            Choice(
+                activation_bytes=cost.nbytes, workspace_bytes=int(workspace * cost.nbytes), flops=cost.flops
+            ),
+        ),
+        rest_bytes=part.rest_bytes,
+        scratch_bytes=part.scratch_bytes,
+        activation_cause="enhance_prompt with a picture",
+        weight_cause="the vision tower of the text model",
     )
 
 

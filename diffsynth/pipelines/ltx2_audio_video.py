@@ -310,7 +310,7 @@ class LTX2AudioVideoPipeline:
             noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
-            enhanced_prompt=known_enhancement(self.parts, request),
+            enhanced_prompt=known_enhancement(self.parts, request, inputs),
         )
         state.contexts = known_contexts(self.parts, state.prompted)
         self._plan(state.prompted, state.contexts)

@@ -19,9 +19,11 @@ StageLoras: TypeAlias = Callable[[Stage], AbstractContextManager[object]]
 """Sets the LoRAs of a stage for as long as it is entered."""
 
 
+LOOK = "look at picture"
 ENHANCE = "enhance prompt"
 
 PHASE_PARTS: Mapping[str, tuple[str, ...]] = {
+    LOOK: ("picture_encoder",),
     ENHANCE: ("text_encoder",),
     "text": ("text_encoder", "text_encoder_post_modules"),
     "connectors": ("text_encoder_post_modules",),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffsynth.conditioning import enhance
-from diffsynth.conditioning.enhance import Chat, chat_of, clean, rewrite, stop_ids
+from diffsynth.conditioning.enhance import Chat, chat_of, clean, prepare_picture, rewrite, stop_ids
 from diffsynth.conditioning.enhance_instructions import PICTURE_TO_VIDEO, TEXT_TO_VIDEO
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.errors import CheckpointError
@@ -48,14 +49,14 @@ def test_the_chat_is_that_of_the_template(
         "<start_of_image>", "\n\n<start_of_image><image_soft_token><image_soft_token><image_soft_token>"
         "<end_of_image>\n\n"
     )  # fmt: skip
-    assert chat.ids == tuple(tokenizer.tokenizer(turns, add_special_tokens=False)["input_ids"])
+    assert chat.ids == tuple(tokenizer.tokenizer.encode(turns, add_special_tokens=False).ids)
     assert chat.picture is not None
     assert [i for i, token in enumerate(chat.ids) if token == 512] == [*range(1000)[chat.picture]]
 
 
 def test_a_template_is_not_needed() -> None:
     bare = PromptTokenizer(WITHOUT_TURNS)
-    assert not bare.tokenizer.chat_template
+    assert "chat_template" not in (WITHOUT_TURNS / "tokenizer_config.json").read_text()
     ids = chat_of(bare, "a dog").ids
     assert ids.count(2) == 1
     assert not bare.token_id("<start_of_turn>"), "they are spelled out"
@@ -72,8 +73,8 @@ def test_stops_are_found_by_their_names(tokenizer: PromptTokenizer) -> None:
     [
         ("Style: realistic, a dog.", "Style: realistic, a dog."),
         ("  \n**1. A dog runs.  \n", "A dog runs."),
-        ("\u201cListen,\u201d she says \u2014 and the dog\u2019s tail\u00a0wags.", 'Listen," she says - and the dog\'s tail wags.'),
-        ("a 6\u2032 2\u2033 man at \u22125 degrees, 3\u20134 o\u2018clock", "a 6' 2\" man at -5 degrees, 3-4 o'clock"),
+        ("\u201cGo,\u201d \u2014 the dog\u2019s tail\u00a0wags.", 'Go," - the dog\'s tail wags.'),
+        ("a 6\u2032 2\u2033 man, \u22125 C, 3\u20134 o\u2018clock", "a 6' 2\" man, -5 C, 3-4 o'clock"),
         ("\u00c9lan, \u96e8", "\u00c9lan, \u96e8"),
         ("... 42 !", ""),
         ("", ""),
@@ -107,6 +108,22 @@ def test_the_answer_is_decoded_and_cleaned(tokenizer: PromptTokenizer) -> None:
     assert rewrite(model, tokenizer, chat, seed=1, **how) == text
     with pytest.raises(CheckpointError, match="token 512 lies outside"):
         rewrite(model, tokenizer, Chat((2, 512)), seed=1, **how)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (7, 7), (300, 2)])
+def test_a_picture_becomes_a_square(size: tuple[int, int]) -> None:
+    prepared = prepare_picture(Image.new("RGB", size, (255, 0, 51)), 28)
+    assert prepared.shape == (1, 3, 28, 28)
+    assert prepared.dtype == torch.float32
+    torch.testing.assert_close(prepared[0].mean((1, 2)), torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_a_picture_is_neither_turned_nor_mirrored() -> None:
+    picture = Image.new("L", (56, 56))
+    picture.paste(255, (0, 0, 28, 14))
+    prepared = prepare_picture(picture, 28)[0, 0]
+    assert prepared[:6, :13].min() == 1
+    assert prepared[8:].max() == prepared[:, 16:].max() == -1
 
 
 def test_a_picture_takes_the_place_of_its_tokens(tokenizer: PromptTokenizer) -> None:

@@ -1,6 +1,8 @@
 """Prompts that the text model rewrites, in whole generations."""
 
+import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from diffsynth.conditioning import enhance
 from diffsynth.errors import Cancelled, MemoryBudgetError
+from diffsynth.pipelines.demand import SCRAP_BYTES
 from diffsynth.pipelines.enhance import EnhancePrompt, known_enhancement
 from diffsynth.pipelines.inputs import inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
@@ -33,7 +36,7 @@ from tests.pipelines.placed import (
     smallest_limit,
     unmanaged,
 )
-from tests.pipelines.tiny import Log, load
+from tests.pipelines.tiny import DEV, GEMMA, UPSCALER, Log, load
 from tests.standin import StandIn
 
 NEW_TOKENS = 12
@@ -52,6 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DIFFSYNTH_CACHE_PATH", str(tmp_path / "cache"))
     monkeypatch.setattr(enhance, "MAX_NEW_TOKENS", NEW_TOKENS)
     monkeypatch.setattr(enhance, "TEXT_TO_VIDEO", "Describe what is seen and heard.")
+    monkeypatch.setattr(enhance, "PICTURE_TO_VIDEO", "Describe what changes.")
     return tmp_path / "cache"
 
 
@@ -63,15 +67,16 @@ def managed(limit: int | None = None, **arguments: Any) -> LTX2AudioVideoPipelin
 def enhanced(pipe: LTX2AudioVideoPipeline, on_progress: OnProgress = ignore, **arguments: Any) -> str:
     """Plan a whole generation, but run only the unit."""
     request = asked(enhance_prompt=True, **arguments)
+    inputs = inputs_by_path(request)
     conventions = get_conventions(request.conventions)
     state = GenerationState(
         request=request,
-        inputs=inputs_by_path(request),
+        inputs=inputs,
         conventions=conventions,
         stages=(),
         noise=noise_source(conventions.noise_source, 0, "cpu"),
         on_progress=on_progress,
-        enhanced_prompt=known_enhancement(pipe.parts, request),
+        enhanced_prompt=known_enhancement(pipe.parts, request, inputs),
     )
     with torch.inference_mode():
         pipe._plan(state.prompted, known_contexts(pipe.parts, state.prompted))
@@ -266,7 +271,59 @@ def test_an_enhanced_prompt_that_is_encoded_already(folder: Path) -> None:
         assert same(made, first)
 
 
+# -- pictures ---------------------------------------------------------------------------------------------
+
+
 def test_with_pictures() -> None:
     pipe = unmanaged("f32")
     text = enhanced(pipe, **PICTURED)
     assert same(make(pipe, enhance_prompt=True, **PICTURED), make(pipe, prompt=text, **PICTURED))
+
+
+def test_the_first_frame_is_looked_at_whatever_its_place_in_the_list() -> None:
+    pipe = unmanaged("f32")
+    first, last = PICTURED["input_images"]
+    swapped = {"input_images": (last, first), "input_images_indexes": (-1, 0)}
+    one = {"input_images": (first,), "input_images_indexes": (0,)}
+    assert enhanced(pipe, **PICTURED) == enhanced(pipe, **swapped) == enhanced(pipe, **one) != enhanced(pipe)
+    assert enhanced(pipe, input_images=(last,), input_images_indexes=(-1,)) == enhanced(pipe)
+
+
+def test_another_picture_gives_another_text() -> None:
+    pipe = unmanaged("f32")
+    texts = {enhanced(pipe, input_images=(name,)) for name in PICTURED["input_images"]}
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_pictures_under_the_memory_manager(storage: str, folder: Path) -> None:
+    plain = unmanaged(storage)
+    with StandIn() as device:
+        pipe = managed(storage=storage)
+        assert enhanced(pipe, **PICTURED) == enhanced(plain, **PICTURED)
+        figures = phases(pipe)
+        assert list(figures) == ["look at picture", "enhance prompt"]
+        for name, phase in figures.items():
+            assert 0 <= phase["planned_vram_bytes"] - phase["peak_vram_bytes"] <= 2 * SCRAP_BYTES, name
+        assert device.current_bytes == STATISTICS, device.ledger()
+        enhanced(pipe, **PICTURED)
+        assert not phases(pipe), "it is known"
+        enhanced(pipe, input_images=PICTURED["input_images"][1:])
+        assert "look at picture" in phases(pipe), "another picture"
+
+
+def test_without_a_vision_tower_the_picture_is_not_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(GEMMA, tmp_path / "gemma")
+    config = json.loads((GEMMA / "config.json").read_text())
+    del config["vision_config"]
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING):
+        pipe = load(DEV, tmp_path / "gemma", UPSCALER)
+    assert "without looking at pictures: the configuration of Gemma 3" in caplog.text
+    assert pipe.parts.picture_encoder is None
+    with caplog.at_level(logging.WARNING):
+        text = enhanced(pipe, **PICTURED)
+    assert caplog.messages[-1].startswith("the text model was loaded without its vision tower")
+    assert text == enhanced(pipe)

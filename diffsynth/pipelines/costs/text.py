@@ -7,6 +7,7 @@ W width of a connector.  Prompts run one after another inside a layer, so a laye
 from collections.abc import Sequence
 
 from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.gemma3_vision import Gemma3VisionConfig
 from diffsynth.models.ltx2.connectors import ConnectorConfig, TextConnectorsConfig
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractorConfig
 from diffsynth.pipelines.costs.cost import Cost
@@ -72,12 +73,24 @@ def enhance_cost(gemma: Gemma3Config, tokens: int, new_tokens: int, picture: boo
     windowed = "sliding_attention" in kinds and tokens > gemma.sliding_window
     kept += (len(kinds) if picture else windowed) * tokens**2  # masks
     attention = 2 * width + 2 * queries + 2 * keys + 2 * queries + queries
-    layer = tokens * itemsize * (width + max(attention, width + 3 * inner))
+    layer = tokens * itemsize * max(width + attention, 3 * width + 3 * inner)
     logits = 2 * gemma.vocab_size * itemsize
     weights = width * (2 * queries + 2 * keys) + 3 * width * inner
     flops = 2.0 * layers * weights * (tokens + new_tokens) + 2.0 * new_tokens * gemma.vocab_size * width
     flops += layers * 4.0 * tokens * capacity * queries
     return Cost(kept + max(layer, logits), flops / new_tokens)
+
+
+def picture_cost(vision: Gemma3VisionConfig, itemsize: int) -> Cost:
+    """The vision tower and the projector on one picture."""
+    patches, width, inner = vision.patches_per_side**2, vision.width, vision.inner_width
+    pixels = 3 * vision.image_size**2
+    layer = patches * max(3 * width + 2 * inner, 6 * width)
+    weights = vision.num_layers * (4 * width**2 + 2 * width * inner)
+    flops = 2.0 * patches * (weights + 3 * vision.patch_size**2 * width)
+    flops += vision.num_layers * 4.0 * patches**2 * width
+    flops += 2.0 * vision.num_tokens * width * vision.text_width
+    return Cost(itemsize * (pixels + layer), flops)
 
 
 def connectors_cost(config: TextConnectorsConfig, tokens: Sequence[int], length: int, itemsize: int) -> Cost:
