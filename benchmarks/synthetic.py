@@ -42,6 +42,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 MODELS: Mapping[str, ModelVersion] = {"ltx-2": "2.0", "ltx-2.3": "2.3", "tiny": "2.0"}
 """``tiny`` has the dimensions of the models that the tests use."""
 LORA_RANK = {"ltx-2": 384, "ltx-2.3": 384, "tiny": 2}
+_APART = (NetworkKind.GEMMA, NetworkKind.GEMMA_VISION, NetworkKind.UPSAMPLER, NetworkKind.LORA)
+"""What no single-file checkpoint holds."""
 
 _GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 _TINY = _GOLDEN / "pipelines" / "tiny_ltx2"
@@ -110,10 +112,9 @@ class Dimensions:
 
     def single_file(self) -> dict[str, tuple[int, ...]]:
         """Official key -> shape, of all networks of the single file."""
-        apart = (NetworkKind.GEMMA, NetworkKind.UPSAMPLER, NetworkKind.LORA)
         found: dict[str, tuple[int, ...]] = {}
         for kind in NetworkKind:
-            found |= {} if kind in apart else self.shapes(kind)
+            found |= {} if kind in _APART else self.shapes(kind)
         return found
 
     def lora(self) -> dict[str, tuple[int, ...]]:
@@ -360,8 +361,7 @@ def _shards(shapes: Shapes) -> Iterator[dict[str, tuple[int, ...]]]:
 
 def _kinds_of(source: str) -> tuple[NetworkKind, ...]:
     apart = {"gemma": (NetworkKind.GEMMA,), "upsampler": (NetworkKind.UPSAMPLER,)}
-    others = (NetworkKind.GEMMA, NetworkKind.UPSAMPLER, NetworkKind.LORA)
-    return apart.get(source, tuple(kind for kind in NetworkKind if kind not in others))
+    return apart.get(source, tuple(kind for kind in NetworkKind if kind not in _APART))
 
 
 def _official(name: str, prefixes: Mapping[str, str]) -> str:

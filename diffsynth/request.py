@@ -56,6 +56,9 @@ class GenerateRequest:
 
     prompt: str = _option("", "what the video shows and how it sounds")
     negative_prompt: str = _option("", "what it must not show; used by guided modes")
+    enhance_prompt: bool = _option(
+        False, "let the text model rewrite the prompt in detail first; with a first frame it looks at that"
+    )
     use_two_stage_pipeline: bool = _option(
         False, "half size first, then a x2 latent upsampler and a second stage of 3 steps"
     )

@@ -23,6 +23,7 @@ from diffsynth.vram.formats import StorageFormat, decode, encode, stored_bytes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "ltx2" / "README.md", ROOT / "docs" / "vram.md"]
+DOCUMENTS.append(ROOT / "docs" / "prompt_enhancement.md")
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 VRAM = DOCUMENTS[2].read_text(encoding="utf-8")
 

@@ -103,7 +103,7 @@ def _files(folder: Path, age: timedelta | None = None) -> list[Path]:
 
 
 def _dated(folder: Path) -> Iterator[tuple[float, Path]]:
-    for path in folder.glob("*.safetensors"):
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.json")]:
         with contextlib.suppress(FileNotFoundError):  # deleted by somebody else meanwhile
             yield path.stat().st_mtime, path
 

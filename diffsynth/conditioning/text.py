@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from diffsynth.errors import CheckpointError
-from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
 from diffsynth.models.ltx2.connectors import TextConnectors
 from diffsynth.models.ltx2.feature_extractor import PromptFeatures, Slices
 
@@ -76,6 +76,19 @@ class PromptTokenizer:
     def count(self, text: str, max_length: int = CONTEXT_LENGTH) -> int:
         """How many ids :meth:`encode` gives; nothing is logged."""
         return min(len(self._ids(text)), max_length)
+
+    def encode_verbatim(self, text: str) -> list[int]:
+        """All token ids of a text that is neither stripped nor cut, ``<bos>`` in front."""
+        return [self._bos_id, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token such as ``<end_of_turn>``; None if there is no such token."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        return found
 
     def encode_padded(self, text: str, max_length: int = CONTEXT_LENGTH) -> tuple[list[int], list[int]]:
         """Ids padded on the left to ``max_length``, and their attention mask (1 = valid)."""
@@ -182,18 +195,27 @@ def prompt_features(
         )
     device, dtype = device or gemma.norm.weight.device, dtype or gemma.norm.weight.dtype
     ids = [tokenizer.encode(prompt, length) for prompt in prompts]
-    largest = max((i for row in ids for i in row), default=0)
-    if largest >= gives.vocab_size:
-        raise CheckpointError(
-            f"token {largest} lies outside the vocabulary of {gives.vocab_size}",
-            hint="take the tokenizer from the folder of the text model",
-        )
+    check_vocabulary([i for row in ids for i in row], gives)
     sums = connectors.text_embedding_projection.begin(len(ids), slices=slices)
     rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
     with torch.no_grad():
         gemma.hidden_states(rows, sums.add, length=length, device=device, dtype=dtype)
         features = sums.finish()
     return [PromptFeatures(row.video.to(dtype), row.audio.to(dtype)) for row in features]
+
+
+def check_vocabulary(ids: Sequence[int], config: Gemma3Config) -> None:
+    """Whether a text model knows tokens.
+
+    Raises:
+        CheckpointError: the tokenizer is that of another model.
+    """
+    largest = max(ids, default=0)
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"token {largest} lies outside the vocabulary of {config.vocab_size}",
+            hint="take the tokenizer from the folder of the text model",
+        )
 
 
 def contexts_from_features(

@@ -27,6 +27,7 @@ class NetworkKind(StrEnum):
     VOCODER = "vocoder"
     UPSAMPLER = "latent upsampler"
     GEMMA = "Gemma 3"
+    GEMMA_VISION = "Gemma 3 vision"
     LORA = "LoRA"
 
 
@@ -65,6 +66,8 @@ _GEMMA_LAYER = re.compile(r"layers\.\d+\.pre_feedforward_layernorm\.weight")
 _GEMMA_OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|multi_modal_projector|language_model\.lm_head|lm_head)\."
 )
+_GEMMA_VISION_KEY = re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)")
+_GEMMA_PROJECTOR_KEY = re.compile(r"(?:model\.)?(multi_modal_projector\..+)")
 _LORA_KEY = re.compile(
     r"\.(lora_A|lora_B)\.(\w+\.)?weight$|\.(lora_down|lora_up)\.weight$|\.(alpha|diff|diff_b|dora_scale)$"
 )
@@ -161,6 +164,15 @@ def gemma_key(key: str) -> str | None:
     return match[1] if match else None
 
 
+def gemma_vision_key(key: str) -> str | None:
+    """The name of a tensor of Gemma 3's vision tower or projector in its module; None for anything else."""
+    tower = _GEMMA_VISION_KEY.fullmatch(key)
+    if tower:
+        return f"vision_model.{tower[1]}"
+    projector = _GEMMA_PROJECTOR_KEY.fullmatch(key)
+    return projector[1] if projector else None
+
+
 def is_gemma_other_part(key: str) -> bool:
     """Whether a key belongs to the vision tower, the projector or the head, which encoding never needs."""
     return _GEMMA_OTHER_PARTS.match(key) is not None
@@ -189,6 +201,8 @@ def belongs(kind: NetworkKind, name: str) -> bool:
     """Whether an official name is one of a network's, statistics included."""
     if kind is NetworkKind.GEMMA:
         return gemma_key(name) is not None
+    if kind is NetworkKind.GEMMA_VISION:
+        return gemma_vision_key(name) is not None
     if kind is NetworkKind.LORA:
         return is_lora_key(name)
     return name.startswith(OFFICIAL_PREFIXES[kind]) and not name.startswith(EXCLUDED_PREFIXES.get(kind, ()))
@@ -198,6 +212,8 @@ def _proves(kind: NetworkKind, name: str) -> bool:
     if kind is NetworkKind.GEMMA:
         key = gemma_key(name)
         return key is not None and _GEMMA_LAYER.fullmatch(key) is not None
+    if kind is NetworkKind.GEMMA_VISION:
+        return gemma_vision_key(name) == "multi_modal_projector.mm_soft_emb_norm.weight"
     if kind is NetworkKind.TRANSFORMER:
         return name.startswith((f"{DIT}transformer_blocks.", f"{DIT}patchify_proj."))
     if kind is NetworkKind.UPSAMPLER:

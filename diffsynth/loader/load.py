@@ -182,7 +182,8 @@ def find_network(kind: NetworkKind, files: WeightFiles) -> NetworkWeights:
     own = {key: name for key, name in names.items() if belongs(kind, name)}
     spec = network_spec(kind, own.values())
     sources = files.holding(own)
-    sections = _sidecar(sources.paths) if kind is NetworkKind.GEMMA else sources.sections()
+    beside = kind in (NetworkKind.GEMMA, NetworkKind.GEMMA_VISION)
+    sections = _sidecar(sources.paths) if beside else sources.sections()
     # Without metadata the other half of an autoencoder, where it is there, completes the configuration.
     family = (kind, _OTHER_HALF.get(kind, kind))
     shapes = {name: files.shapes[key] for key, name in names.items() if any(belongs(k, name) for k in family)}

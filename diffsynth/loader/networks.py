@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from diffsynth.errors import CheckpointError
-from diffsynth.loader.key_names import NetworkKind, Shapes, belongs, gemma_key
+from diffsynth.loader.key_names import NetworkKind, Shapes, belongs, gemma_key, gemma_vision_key
 from diffsynth.loader.recognise import UNREAD_STATISTICS
-from diffsynth.models import gemma3
+from diffsynth.models import gemma3, gemma3_vision
 from diffsynth.models.ltx2 import (
     audio_vae,
     connectors,
@@ -44,6 +44,8 @@ class NetworkSpec:
         """The module's name of an official key; None when the key is not one of this network's."""
         if self.kind is NetworkKind.GEMMA:
             return gemma_key(name)
+        if self.kind is NetworkKind.GEMMA_VISION:
+            return gemma_vision_key(name)
         if not belongs(self.kind, name) or name in UNREAD_STATISTICS:
             return None
         prefix = next(prefix for prefix in self.prefixes if name.startswith(prefix))
@@ -94,6 +96,13 @@ def _configure_gemma(config: Sections | None, shapes: Shapes) -> gemma3.Gemma3Co
         return gemma3.Gemma3Config.from_dict(config)
     logger.info("no config.json beside the Gemma 3 weights; its sizes are read from the tensor shapes")
     return gemma3.Gemma3Config.infer(shapes)
+
+
+def _configure_gemma_vision(config: Sections | None, shapes: Shapes) -> gemma3_vision.Gemma3VisionConfig:
+    if config is not None:
+        return gemma3_vision.Gemma3VisionConfig.from_dict(config)
+    inside = {gemma_vision_key(name): shape for name, shape in shapes.items()}
+    return gemma3_vision.Gemma3VisionConfig.infer({name: s for name, s in inside.items() if name})
 
 
 _VOCODER = NetworkSpec(
@@ -178,6 +187,12 @@ _SPECS: Mapping[NetworkKind, NetworkSpec] = {
             module=gemma3.Gemma3TextModel,
             configure=_configure_gemma,
             prefixes=gemma3.KEY_PREFIXES,
+        ),
+        NetworkSpec(
+            kind=NetworkKind.GEMMA_VISION,
+            module=gemma3_vision.Gemma3Vision,
+            configure=_configure_gemma_vision,
+            prefixes={},
         ),
     )
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffsynth.errors import CheckpointError
+from diffsynth.models.gemma3_cache import KeyValueCache, first_mask
 
 Shapes = Mapping[str, tuple[int, ...]]
 LayerKind = Literal["sliding_attention", "full_attention"]
@@ -232,30 +233,32 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: RopeTable) -> Tensor:
-        """Attend within one prompt: x [1, n, D], rope tables [n, h/2] in x's dtype; returns [1, n, D]."""
+    def forward(self, x: Tensor, rope: RopeTable, cache: KeyValueCache | None = None) -> Tensor:
+        """Attend within one prompt: x [1, n, D], rope tables [n, h/2] in x's dtype; returns [1, n, D].
+
+        With a cache x continues what the cache holds.
+        """
         c = self.config
         q = self.q_proj(x).unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)
         q, k = _rotate(self.q_norm(q), rope), _rotate(self.k_norm(k), rope)
+        if cache is None:
+            mask = self._window_mask(x.shape[1], x.device)
+        else:
+            k, v, mask = cache.extend(k, v)
         # Few backends have fused kernels for grouped heads; the copies are 2 * n * D values.
         group = c.num_attention_heads // c.num_key_value_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mask = self._window_mask(x.shape[1], x.device)
         scale = c.query_pre_attn_scalar**-0.5
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-        )
+        causal = mask is None and q.shape[2] == k.shape[2]  # a token that continues a text sees all of it
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def _window_mask(self, n: int, device: torch.device) -> Tensor | None:
         """Boolean [n, n] where the window cuts something, else None: plain causality suffices."""
-        if self.window is None or n <= self.window:
-            return None
-        i = torch.arange(n, device=device)
-        distance = i[:, None] - i[None, :]
-        return (distance >= 0) & (distance < self.window)
+        mask = first_mask(n, self.window, None)
+        return None if mask is None else mask.to(device)
 
 
 class MLP(nn.Module):
@@ -286,7 +289,12 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(*norm)
         self.post_feedforward_layernorm = RMSNorm(*norm)
 
-    def forward(self, xs: Sequence[Tensor], ropes: Sequence[RopeTable]) -> list[Tensor]:
+    def forward(
+        self,
+        xs: Sequence[Tensor],
+        ropes: Sequence[RopeTable],
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> list[Tensor]:
         """Run all prompts in one call, so that whatever brings the layer to the device does so once.
 
         Prompts run one after another: a result does not depend, not even by rounding, on the company.
@@ -294,11 +302,13 @@ class DecoderLayer(nn.Module):
         Args:
             xs: one [1, n, D] per prompt; n may differ.
             ropes: the table of this layer's kind for each prompt, in the dtype and on the device of xs.
+            caches: what this layer remembers of each prompt, which xs continue; None: xs are the prompts.
         """
-        return [self._one(x, rope) for x, rope in zip(xs, ropes, strict=True)]
+        memories = [None] * len(xs) if caches is None else caches
+        return [self._one(*each) for each in zip(xs, ropes, memories, strict=True)]
 
-    def _one(self, x: Tensor, rope: RopeTable) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope))
+    def _one(self, x: Tensor, rope: RopeTable, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 

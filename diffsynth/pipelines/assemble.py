@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PART_OF: Mapping[NetworkKind, str] = {
     NetworkKind.GEMMA: "text_encoder",
+    NetworkKind.GEMMA_VISION: "picture_encoder",
     NetworkKind.TEXT_CONNECTORS: "text_encoder_post_modules",
     NetworkKind.TRANSFORMER: "dit",
     NetworkKind.VIDEO_ENCODER: "video_vae_encoder",
@@ -130,7 +131,9 @@ def open_models(
         config.validate()
     opened = [config.open() for config in model_configs]
     version = _common_version(opened)
-    networks = {kind: _locate(kind, files) for kind, files in sort_networks(opened).items()}
+    sorted_files = sort_networks(opened)
+    vision = _locate_vision(sorted_files.pop(NetworkKind.GEMMA_VISION, None))
+    networks = {kind: _locate(kind, files) for kind, files in sorted_files.items()} | vision
     if NetworkKind.UPSAMPLER in networks and NetworkKind.TRANSFORMER in networks:
         _check_upsampler(networks[NetworkKind.UPSAMPLER], version)
     tokenizer = None if tokenizer_config is None else PromptTokenizer(_folder(tokenizer_config.resolve()))
@@ -199,6 +202,17 @@ def _locate(kind: NetworkKind, files: WeightFiles) -> NetworkWeights:
             hint="pipe.load_lora(pipe.dit, path), or stage2_lora_config for the distilled LoRA",
         )
     return find_network(kind, files)
+
+
+def _locate_vision(files: WeightFiles | None) -> dict[NetworkKind, NetworkWeights]:
+    """The vision tower of the text model, which nothing but prompt enhancement uses: one that cannot be read
+    is left out."""
+    kind = NetworkKind.GEMMA_VISION
+    try:
+        return {} if files is None else {kind: find_network(kind, files)}
+    except CheckpointError as error:
+        logger.warning("prompts are enhanced without looking at pictures: %s", error.message)
+        return {}
 
 
 def _common_version(opened: Sequence[WeightFiles]) -> ModelVersion:

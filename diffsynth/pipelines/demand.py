@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TypeAlias
 
+from diffsynth.conditioning.enhance import Chat
 from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.pipelines.costs.audio import audio_decoder_cost, audio_encoder_cost, vocoder_cost
@@ -18,6 +19,7 @@ from diffsynth.pipelines.costs.cost import Cost
 from diffsynth.pipelines.costs.text import connectors_cost, gemma_cost
 from diffsynth.pipelines.costs.transformer import DenoiseSizes, denoise_cost, free_chunk
 from diffsynth.pipelines.costs.video import upsampler_cost
+from diffsynth.pipelines.enhance_demand import enhance_demands
 from diffsynth.pipelines.parts import ModelVersion, Parts
 from diffsynth.pipelines.sizes import ModelSizes, PartSizes, model_sizes, released_sizes
 from diffsynth.pipelines.stages import Stage, guided, plan_stages
@@ -78,6 +80,7 @@ def demands_for(
     lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
     text: Prompts = True,
+    chat: Chat | None = None,
 ) -> tuple[PhaseDemand, ...]:
     """The phases of a request in their order.
 
@@ -88,25 +91,33 @@ def demands_for(
         lora: see :data:`Loras`.
         parts: networks of a pipeline, or their sizes; None: those of the released checkpoint.
         text: see :data:`Prompts`.
+        chat: what the text model is given where it has to write the prompt.
 
     Returns:
-        Named ``text``, ``connectors``, ``encode audio``, ``encode inputs N``, ``denoise N``, ``upsample``,
-        ``decode video`` and ``decode audio``, as far as the request has them; of parts that are missing there
-        are none.
+        Named ``enhance prompt``, ``text``, ``connectors``, ``encode audio``, ``encode inputs N``,
+        ``denoise N``, ``upsample``, ``decode video`` and ``decode audio``, as far as the request has them; of
+        parts that are missing there are none.
 
     Raises:
         RequestError: tiles that cannot work, an unknown storage name.
     """
-    return tuple(phases(request, measured(version, storage, parts), lora=lora, text=text))
+    return tuple(phases(request, measured(version, storage, parts), lora=lora, text=text, chat=chat))
 
 
 def phases(
-    request: GenerateRequest, sizes: ModelSizes, *, lora: Loras = False, text: Prompts = True
+    request: GenerateRequest,
+    sizes: ModelSizes,
+    *,
+    lora: Loras = False,
+    text: Prompts = True,
+    chat: Chat | None = None,
 ) -> Iterator[PhaseDemand]:
     """What :func:`demands_for` returns, one by one: whoever looks for one that does not fit need not wait."""
     if text is True:
         text = (CONTEXT_LENGTH,) * (2 if guided(request) else 1)
     held = _statistics_bytes(sizes)
+    if chat is not None:
+        yield from (_holding(demand, held) for demand in enhance_demands(chat, sizes, MATRIX_WORKSPACE))
     if text:
         yield from (_holding(demand, held) for demand in _text_phases(text, sizes))
     if request.retake_audio is not None and sizes.has("audio_vae_encoder"):

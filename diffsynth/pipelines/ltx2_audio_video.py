@@ -28,6 +28,7 @@ from diffsynth.pipelines.assemble import (
 )
 from diffsynth.pipelines.checks import check_blocks, check_rand_device, check_sampler, check_sizes
 from diffsynth.pipelines.encode_inputs import EncodeAudioInput, EncodeVideoInputs, kept_sound
+from diffsynth.pipelines.enhance import EnhancePrompt, chat_for, known_enhancement
 from diffsynth.pipelines.inputs import (
     Clip,
     Clips,
@@ -215,6 +216,7 @@ class LTX2AudioVideoPipeline:
         self,
         prompt: str = "",
         negative_prompt: str = "",
+        enhance_prompt: bool = False,
         denoising_strength: float = 1.0,
         input_images: Sequence[Picture] | None = None,
         input_images_indexes: Sequence[int] = (0,),
@@ -329,12 +331,13 @@ class LTX2AudioVideoPipeline:
             noise=noise_source(conventions.noise_source, request.seed, request.rand_device),
             audio_shape=self._audio_shape(request),
             on_progress=on_progress,
-            contexts=known_contexts(self.parts, request),
+            enhanced_prompt=known_enhancement(self.parts, request, inputs),
         )
-        self._plan(request, state.contexts)
+        state.contexts = known_contexts(self.parts, state.prompted)
+        self._plan(state.prompted, state.contexts)
         for unit in self._making(request, stages):
             _run(unit, self.parts, state)
-        record = self._record(request)
+        record = self._record(request, state.enhanced_prompt)
         latents = FinalLatents(
             video=state.video_latent, audio=state.audio_latent, sound=kept_sound(state), record=record
         )
@@ -408,6 +411,7 @@ class LTX2AudioVideoPipeline:
             request,
             loras=partial(self._book.of_stage, request),
             prompts=unknown_prompts(request, contexts),
+            chat=chat_for(self.parts, request),
         )
 
     def memory_report(self) -> dict[str, Any]:
@@ -483,7 +487,8 @@ class LTX2AudioVideoPipeline:
         has_video_inputs = (
             request.input_images or request.in_context_videos or request.retake_video is not None
         )
-        units: list[Unit] = [EncodePrompts()]
+        units: list[Unit] = [EnhancePrompt()] if request.enhance_prompt else []
+        units.append(EncodePrompts())
         if request.retake_audio is not None:
             units.append(EncodeAudioInput())
         for stage in stages:
@@ -503,7 +508,7 @@ class LTX2AudioVideoPipeline:
             units.append(DecodeAudio())
         return units
 
-    def _record(self, request: GenerateRequest) -> dict[str, Any]:
+    def _record(self, request: GenerateRequest, enhanced_prompt: str | None) -> dict[str, Any]:
         """What made a result: it goes into the metadata of the file."""
         return {
             "diffsynth": __version__,
@@ -511,6 +516,7 @@ class LTX2AudioVideoPipeline:
             "files": dict(self._assembly.sources),
             "loras": self._book.record(request),
             "request": request.to_dict(),
+            **({} if enhanced_prompt is None else {"enhanced_prompt": enhanced_prompt}),
         }
 
 

@@ -6,6 +6,7 @@ from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.device import backend_for
 from diffsynth.loader import NetworkKind
 from diffsynth.pipelines.assemble import PART_OF, Assembly, OpenedModels
+from diffsynth.pipelines.enhanced_cache import EnhancedPromptCache
 from diffsynth.pipelines.limits import MemoryLimits
 from diffsynth.pipelines.memory import ManagedMemory
 from diffsynth.pipelines.prompt_cache import PromptCache
@@ -25,7 +26,7 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
     assembly = opened.hold(device, dtype)
     storage = limits.storage_policy(opened.configs, opened.networks)
     if limits.cache:
-        assembly.parts.prompt_cache = _prompt_cache(opened, storage, dtype)
+        _add_caches(assembly, opened, storage, dtype)
     assembly.parts.memory = ManagedMemory(
         assembly.parts,
         {PART_OF[kind]: weights for kind, weights in opened.networks.items()},
@@ -38,17 +39,21 @@ def manage(opened: OpenedModels, limits: MemoryLimits, device: torch.device, dty
     return assembly
 
 
-def _prompt_cache(opened: OpenedModels, storage: Storage, dtype: torch.dtype) -> PromptCache | None:
-    """For encodings of this text model; None when it does not come from files."""
+def _add_caches(assembly: Assembly, opened: OpenedModels, storage: Storage, dtype: torch.dtype) -> None:
+    """For prompts of this text model, as far as it comes from files."""
     kinds = (NetworkKind.GEMMA, NetworkKind.TEXT_CONNECTORS)
     networks = {PART_OF[kind]: opened.networks[kind] for kind in kinds if kind in opened.networks}
-    found = networks.values()
+    found = list(networks.values())
     if opened.tokenizer is None or len(networks) < len(kinds) or not all(w.files.paths for w in found):
-        return None
+        return
+    folder = default_folder().parent / "prompts"
     files = [path for weights in found for path in weights.files.paths]
-    formats = "; ".join(storage.policy_of(part, weights, dtype) for part, weights in networks.items())
-    return PromptCache(
-        default_folder().parent / "prompts",
+    formats = [storage.policy_of(part, weights, dtype) for part, weights in networks.items()]
+    assembly.parts.prompt_cache = PromptCache(
+        folder,
         files=[*files, *opened.tokenizer.files],
-        settings=f"{formats}; {CONTEXT_LENGTH} tokens",
+        settings=f"{'; '.join(formats)}; {CONTEXT_LENGTH} tokens",
+    )
+    assembly.parts.enhanced_cache = EnhancedPromptCache(
+        folder, files=[*found[0].files.paths, *opened.tokenizer.files], settings=formats[0]
     )

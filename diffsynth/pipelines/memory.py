@@ -7,16 +7,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from diffsynth.conditioning.enhance import Chat
+from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.device import Backend
 from diffsynth.errors import MemoryBudgetError
 from diffsynth.loader import NetworkWeights
 from diffsynth.lora import LoraStack
+from diffsynth.models.gemma3_writer import head_rows
 from diffsynth.pipelines.demand import LoraSize, decoding_phases, demands_for
 from diffsynth.pipelines.first_start import planned_parts, with_conversion
 from diffsynth.pipelines.nearest import plan_request
 from diffsynth.pipelines.packing import SLICE, PackedWeights
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.phases import PhaseRun, StageLoras, parts_of_phase
+from diffsynth.pipelines.phases import ENHANCE, PhaseRun, StageLoras, parts_of_phase
 from diffsynth.pipelines.progress import OnProgress, Progress
 from diffsynth.pipelines.sizes import model_sizes
 from diffsynth.pipelines.stages import plan_stages
@@ -28,7 +33,7 @@ from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.managed import ManagedModule
 from diffsynth.vram.plan import PhasePlan, Plan, readable_bytes
 from diffsynth.vram.planner import Budget, PhaseDemand, fits, plan
-from diffsynth.vram.slices import StreamedSlices
+from diffsynth.vram.slices import StreamedSlices, stream_rows
 from diffsynth.vram.streamer import Traffic
 
 logger = logging.getLogger(__name__)
@@ -104,14 +109,17 @@ class ManagedMemory:
         self._phase: str | None = None
         """The one that is on, or that an error ended."""
 
-    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
+    def prepare(
+        self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str], chat: Chat | None = None
+    ) -> None:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
         budget = self._host_budget()
         how: Any = {
             "storage": self._storage,
             "lora": self._lora_sizes(request, loras),
             "parts": self._sizes,
-            "text": [self._num_tokens(prompt) for prompt in prompts],
+            "text": [self._num_tokens(prompt) for prompt in prompts] + ([CONTEXT_LENGTH] if chat else []),
+            "chat": chat,
         }
         self._demands = demands_for(request, self._parts.version, **how)
         self._begin(plan_request(request, self._parts.version, budget, **how), budget)
@@ -165,13 +173,17 @@ class ManagedMemory:
                 for part in parts_of_phase(phase.name)
             ]
             slices = self._enter_slices(stack, phase) if phase.name == "text" else None
-            yield PhaseRun(phase.settings, slices)
+            rows = self._enter_head(stack, phase) if phase.name == ENHANCE else None
+            head = None if rows is None else partial(_pieces, rows)
+            yield PhaseRun(phase.settings, slices, head)
             figures.peak_vram_bytes = self._backend.memory().peak_allocated
             for managed in entered:
                 figures.traffic = figures.traffic + managed.traffic
                 figures.host_bytes += managed.host_bytes
             if slices is not None:
                 figures.traffic = figures.traffic + slices.traffic
+            if rows is not None:
+                figures.traffic = figures.traffic + replace(rows.traffic, traversals=0)
         self._figures.append(figures)
         self._phase = None
 
@@ -284,6 +296,17 @@ class ManagedMemory:
             )
         )
 
+    def _enter_head(self, stack: ExitStack, plan: PhasePlan) -> StreamedSlices:
+        """The head of the text model, a chunk beside every layer."""
+        model = self._parts.text_encoder
+        assert model is not None
+        rows, table = head_rows(model.config), model.embed_tokens.weight
+        layers = zip(range(len(rows)), self._weights.layouts("text_encoder").blocks, strict=False)
+        residents = [number for number, layer in layers if layer in plan.residents]
+        return stack.enter_context(
+            stream_rows(self._backend, table, rows, slots=plan.slots or 1, residents=residents)
+        )
+
     def _module(self, part: str) -> ManagedModule:
         """The managed form of a part, made when it is first used."""
         if part not in self._managed:
@@ -315,6 +338,12 @@ class ManagedMemory:
 
 def _tell_conversion(on_progress: OnProgress, part: str, done: int, total: int) -> None:
     on_progress(Progress(phase=f"convert {part}", done=done, total=total, unit="byte"))
+
+
+def _pieces(rows: StreamedSlices) -> Iterator[Tensor]:
+    """A table, piece by piece."""
+    for (piece,) in rows.traverse():
+        yield piece
 
 
 def _summary(plan: Plan, budget: Budget) -> str:

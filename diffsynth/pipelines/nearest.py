@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from diffsynth.conditioning.enhance import Chat
 from diffsynth.errors import RequestError
 from diffsynth.pipelines.demand import Loras, Prompts, measured, phases
 from diffsynth.pipelines.parts import ModelVersion, Parts
@@ -24,6 +25,7 @@ def plan_request(
     lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
     text: Prompts = True,
+    chat: Chat | None = None,
 ) -> Plan:
     """Plan a request; arguments as :func:`~diffsynth.pipelines.demand.demands_for` takes them.
 
@@ -31,7 +33,7 @@ def plan_request(
         MemoryBudgetError: it does not fit; the hint says what would.
         RequestError: see ``demands_for``.
     """
-    search = _Search(request, budget, measured(version, storage, parts), lora, text)
+    search = _Search(request, budget, measured(version, storage, parts), lora, text, chat)
     return plan(tuple(search.demands(request)), budget, smaller=search.smaller)
 
 
@@ -44,12 +46,13 @@ def nearest_fitting(
     lora: Loras = False,
     parts: Parts | ModelSizes | None = None,
     text: Prompts = True,
+    chat: Chat | None = None,
 ) -> GenerateRequest | None:
     """The request itself if it fits, else of those with other tiles, length or size the one with most pixels.
 
     None when nothing smaller fits either.
     """
-    search = _Search(request, budget, measured(version, storage, parts), lora, text)
+    search = _Search(request, budget, measured(version, storage, parts), lora, text, chat)
     if search.accepts(request):
         return request
     return max(search.nearest(), key=_pixel_frames, default=None)
@@ -65,16 +68,18 @@ class _Search:
         sizes: ModelSizes,
         lora: Loras,
         text: Prompts,
+        chat: Chat | None,
     ) -> None:
         self._request = request
         self._budget = budget
         self._sizes = sizes
         self._lora = lora
         self._text = text
+        self._chat = chat
 
     def demands(self, request: GenerateRequest) -> Iterator[PhaseDemand]:
         """Of one request."""
-        return phases(request, self._sizes, lora=self._lora, text=self._text)
+        return phases(request, self._sizes, lora=self._lora, text=self._text, chat=self._chat)
 
     def accepts(self, request: GenerateRequest) -> bool:
         """Whether a request is legal and fits."""

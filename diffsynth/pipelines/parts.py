@@ -9,6 +9,7 @@ import torch
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.errors import CheckpointError
 from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3_vision import Gemma3Vision
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder
 from diffsynth.models.ltx2.connectors import TextConnectors
 from diffsynth.models.ltx2.transformer import LTX2Transformer
@@ -16,13 +17,15 @@ from diffsynth.models.ltx2.upsampler import LatentUpsampler
 from diffsynth.models.ltx2.video_vae import PerChannelStatistics, VideoDecoder, VideoEncoder
 from diffsynth.models.ltx2.vocoder import Vocoder
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWE
+from diffsynth.pipelines.enhanced_cache import EnhancedPromptCache
 from diffsynth.pipelines.phases import AllOnDevice, Memory
 from diffsynth.pipelines.prompt_cache import PromptCache
 
 ModelVersion = Literal["2.0", "2.3"]
 
 NETWORKS = (
-    *("text_encoder", "text_encoder_post_modules", "dit", "video_vae_encoder", "video_vae_decoder"),
+    *("text_encoder", "picture_encoder", "text_encoder_post_modules", "dit"),
+    *("video_vae_encoder", "video_vae_decoder"),
     *("audio_vae_encoder", "audio_vae_decoder", "audio_vocoder", "upsampler"),
 )
 """Parts that hold weights."""
@@ -37,6 +40,8 @@ class Parts:
     version: ModelVersion = "2.0"
     tokenizer: PromptTokenizer | None = None
     text_encoder: Gemma3TextModel | None = None
+    picture_encoder: Gemma3Vision | None = None
+    """Of the text model; only prompt enhancement looks at pictures."""
     text_encoder_post_modules: TextConnectors | None = None
     dit: LTX2Transformer | None = None
     video_vae_encoder: VideoEncoder | None = None
@@ -49,6 +54,7 @@ class Parts:
     """Of the video latent; always on the device, whichever half of the autoencoder it came with."""
     memory: Memory = field(default_factory=AllOnDevice)
     prompt_cache: PromptCache | None = None
+    enhanced_cache: EnhancedPromptCache | None = None
 
     def require(self, names: Iterable[str]) -> None:
         """Check that parts are there.
@@ -65,7 +71,7 @@ class Parts:
 
     def loaded(self) -> list[str]:
         """Names of the parts that are there."""
-        skipped = {"device", "dtype", "version", "memory", "prompt_cache"}
+        skipped = {"device", "dtype", "version", "memory", "prompt_cache", "enhanced_cache"}
         return [f.name for f in fields(self) if f.name not in skipped and getattr(self, f.name) is not None]
 
     @property
@@ -81,6 +87,7 @@ class Parts:
 WHERE: Mapping[str, str] = {
     "tokenizer": "tokenizer_config=ModelConfig(model_id='google/gemma-3-12b-it-qat-q4_0-unquantized')",
     "text_encoder": "google/gemma-3-12b-it-qat-q4_0-unquantized, model-*.safetensors",
+    "picture_encoder": "google/gemma-3-12b-it-qat-q4_0-unquantized, model-*.safetensors",
     "text_encoder_post_modules": "a Lightricks/{0} checkpoint, or text_encoder_post_modules.safetensors of "
     "DiffSynth-Studio/{0}-Repackage",
     "dit": "a Lightricks/{0} checkpoint, or transformer.safetensors of DiffSynth-Studio/{0}-Repackage",

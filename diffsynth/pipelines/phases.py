@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from diffsynth.conditioning.enhance import Chat
+from diffsynth.models.gemma3_writer import HeadChunks
 from diffsynth.models.ltx2.feature_extractor import Slices
 from diffsynth.pipelines.progress import OnProgress
 from diffsynth.pipelines.stages import Stage
@@ -17,7 +19,12 @@ StageLoras: TypeAlias = Callable[[Stage], AbstractContextManager[object]]
 """Sets the LoRAs of a stage for as long as it is entered."""
 
 
+LOOK = "look at picture"
+ENHANCE = "enhance prompt"
+
 PHASE_PARTS: Mapping[str, tuple[str, ...]] = {
+    LOOK: ("picture_encoder",),
+    ENHANCE: ("text_encoder",),
     "text": ("text_encoder", "text_encoder_post_modules"),
     "connectors": ("text_encoder_post_modules",),
     "encode audio": ("audio_vae_encoder",),
@@ -42,18 +49,23 @@ class PhaseRun(NamedTuple):
     """Of the plan: tile sizes.  Empty: as the request has them."""
     slices: Slices | None = None
     """Source of the text projections where they are streamed."""
+    head: HeadChunks | None = None
+    """Source of the text model's head where it is streamed."""
 
 
 class Memory(Protocol):
     """See the module."""
 
-    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
+    def prepare(
+        self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str], chat: Chat | None = None
+    ) -> None:
         """Decide how the phases of a request will run.
 
         Args:
             request: what will be generated.
             loras: sets the LoRAs of a stage, so that they can be measured.
             prompts: those that have to be encoded.
+            chat: what the text model is given to write the prompt from, which then is encoded as well.
 
         Raises:
             MemoryBudgetError: the request does not fit; the hint says what would.
@@ -105,7 +117,9 @@ class Memory(Protocol):
 class AllOnDevice:
     """Every network lies on the device all the time."""
 
-    def prepare(self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str]) -> None:
+    def prepare(
+        self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str], chat: Chat | None = None
+    ) -> None:
         """See :class:`Memory`: there is nothing to decide."""
 
     def prepare_decoding(self, request: GenerateRequest) -> None:

@@ -19,6 +19,14 @@ FORMAT_VERSION = 1
 """Raised when the same prompt and weights would give other numbers."""
 
 
+def digest_of(files: Iterable[Path], settings: str) -> str:
+    """Names files, as they are now, and settings."""
+    digest = hashlib.sha256(f"{settings}\n".encode())
+    for file in sorted(files):
+        digest.update(SourceFile.of(file).digest.encode())
+    return digest.hexdigest()
+
+
 class PromptCache:
     """One small file per prompt, named by everything that decides its content."""
 
@@ -30,10 +38,7 @@ class PromptCache:
             settings: storage and computation formats, and the context length.
         """
         self.folder = folder
-        digest = hashlib.sha256(f"{FORMAT_VERSION}\n{settings}\n".encode())
-        for file in sorted(files):
-            digest.update(SourceFile.of(file).digest.encode())
-        self._weights = digest.hexdigest()
+        self._weights = digest_of(files, f"{FORMAT_VERSION}\n{settings}")
 
     def path(self, prompt: str) -> Path:
         """Where the encoding of a prompt lies, or would lie."""

@@ -37,6 +37,11 @@ class Result:
     audio_latent: Tensor | None
     record: dict[str, Any]
 
+    @property
+    def enhanced_prompt(self) -> str | None:
+        """What the text model made of the prompt of the request; None when it was not asked to."""
+        return self.record.get("enhanced_prompt")
+
     def audio_tensor(self) -> Tensor | None:
         """(2, samples) float32 on the CPU; its attribute ``sampling_rate`` is the rate in Hz."""
         if self.waveform is None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffsynth.errors import CheckpointError
 from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.gemma3_vision import Gemma3VisionConfig
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
 from diffsynth.models.ltx2.connectors import TextConnectorsConfig
 from diffsynth.models.ltx2.transformer_config import TransformerConfig
@@ -91,6 +92,11 @@ class ModelSizes:
     def gemma(self) -> Gemma3Config:
         """Of the part ``text_encoder``."""
         return self._config("text_encoder", Gemma3Config)
+
+    @property
+    def vision(self) -> Gemma3VisionConfig:
+        """Of the part ``picture_encoder``."""
+        return self._config("picture_encoder", Gemma3VisionConfig)
 
     @property
     def connectors(self) -> TextConnectorsConfig:

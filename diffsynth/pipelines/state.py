@@ -1,7 +1,7 @@
 """What a generation works on: the request with its inputs, and what the units have made so far."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 from torch import Tensor
@@ -41,6 +41,7 @@ class GenerationState:
     Attributes:
         noise: the run's one source of noise; it moves on with every draw.
         contexts: by prompt, those that are known already.
+        enhanced_prompt: what the text model made of the prompt.
         positive, negative: contexts of the prompts, on the host; ``negative`` stays None when nothing is
             guided.
         video_items, audio_items: conditionings of the coming stage.
@@ -59,6 +60,7 @@ class GenerationState:
     audio_shape: tuple[int, int, int, int] | None = None
     on_progress: OnProgress = ignore
     contexts: dict[str, PromptContext] = field(default_factory=dict)
+    enhanced_prompt: str | None = None
     positive: PromptContext | None = None
     negative: PromptContext | None = None
     video_items: list[ConditioningItem] = field(default_factory=list)
@@ -68,6 +70,13 @@ class GenerationState:
     unfinished: Unfinished | None = None
     frames: list[Image.Image] | None = None
     waveform: Waveform | None = None
+
+    @property
+    def prompted(self) -> GenerateRequest:
+        """The request with the prompt that is encoded, as soon as it is known."""
+        if self.enhanced_prompt is None:
+            return self.request
+        return replace(self.request, prompt=self.enhanced_prompt, enhance_prompt=False)
 
     def report(self, phase: str, done: int, total: int) -> None:
         """Tell the caller where a phase stands."""

@@ -57,10 +57,11 @@ class EncodePrompts:
 
     def run(self, parts: Parts, state: GenerationState) -> None:
         """Encode both prompts in one pass through the text model, as far as they are not known."""
-        request = state.request
+        request = state.prompted
         prompts = prompts_of(request)
         state.report("encode prompt", 0, 1)
         contexts = state.contexts
+        contexts |= known_contexts(parts, request)
         missing = unknown_prompts(request, contexts)
         if missing:
             contexts |= dict(zip(missing, self._encode(parts, missing), strict=True))
@@ -263,8 +264,9 @@ def known_contexts(parts: Parts, request: GenerateRequest) -> dict[str, PromptCo
 
 
 def unknown_prompts(request: GenerateRequest, contexts: Mapping[str, PromptContext]) -> list[str]:
-    """The prompts that have to be encoded, each once."""
-    return [prompt for prompt in dict.fromkeys(prompts_of(request)) if prompt not in contexts]
+    """The prompts that have to be encoded, each once; one that has yet to be written is not among them."""
+    prompts = prompts_of(request)[1 if request.enhance_prompt else 0 :]
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in contexts]
 
 
 def _as_pictures(chunk: Tensor) -> list[Image.Image]:

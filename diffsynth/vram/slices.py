@@ -1,6 +1,6 @@
 """Slices of a large weight, streamed: a product that is a sum over slices needs only one at a time."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +12,7 @@ from diffsynth.vram.binding import Contents, contents_of
 from diffsynth.vram.blocks import BlockLayout, Entry, TensorSpec, make_layout
 from diffsynth.vram.formats import StorageFormat, as_is
 from diffsynth.vram.linear import Decode, Decoder, decoded_bytes, needs_decoding
-from diffsynth.vram.source import BlockSource
+from diffsynth.vram.source import BlockSource, TensorSource
 from diffsynth.vram.streamer import Streamer, Traffic
 
 
@@ -45,6 +45,33 @@ def slice_layouts(
             }
         )
     return blocks
+
+
+def stream_rows(
+    backend: Backend, table: Tensor, rows: Sequence[int], *, slots: int, residents: Collection[int] = ()
+) -> "StreamedSlices":
+    """Stream a table that lies on the host, piece by piece, over and over.
+
+    Args:
+        backend: of the device.
+        table: (total, width) on the host; it must stay as it is.
+        rows: of each piece.
+        slots: see :class:`StreamedSlices`.
+        residents: numbers of the pieces that stay on the device.
+    """
+    pieces = {f"table:{number}": piece for number, piece in enumerate(torch.split(table, list(rows)))}
+    layouts = {
+        f"rows.{number}": make_layout({name: TensorSpec(tuple(piece.shape), piece.dtype, as_is(piece.dtype))})
+        for number, (name, piece) in enumerate(pieces.items())
+    }
+    return StreamedSlices(
+        backend,
+        TensorSource(layouts, pieces.__getitem__, backend),
+        tuple(layouts),
+        num_weights=1,
+        slots=slots,
+        residents=[f"rows.{number}" for number in residents],
+    )
 
 
 class StreamedSlices:
@@ -131,6 +158,12 @@ class StreamedSlices:
             values[first + i] if decode is None else decode(parts[first + i])
             for i, decode in enumerate(self._decode[index])
         ]
+
+    def traverse(self) -> Iterator[list[Tensor]]:
+        """What each index in turn gives, from the first to the last."""
+        for index in range(len(self._places)):
+            yield self(index)
+        self._release()
 
     @property
     def traffic(self) -> Traffic:

@@ -32,7 +32,8 @@ def metadata() -> dict[str, str]:
 
 
 def _source(kind: NetworkKind) -> WeightFiles:
-    paths = {NetworkKind.UPSAMPLER: UPSCALER, NetworkKind.GEMMA: TINY / "gemma"}
+    gemma = dict.fromkeys((NetworkKind.GEMMA, NetworkKind.GEMMA_VISION), TINY / "gemma")
+    paths = {NetworkKind.UPSAMPLER: UPSCALER, **gemma}
     return WeightFiles(paths.get(kind, CHECKPOINT))
 
 

@@ -102,10 +102,9 @@ def test_public_hash_of_whole_files(
     files = _files(entries)
     networks = located[version].values() if version else [find_network(k, files) for k in recognise(files)]
     shapes = _module_shapes(networks)
-    # Parts that no network takes: statistics that nothing reads; Gemma's vision tower and projector.
+    # What no network takes: statistics that nothing reads.
     not_taken = {key: shape for key, (_, shape) in entries.items() if key not in shapes}
-    assert all(key in UNREAD_STATISTICS for key in not_taken) or gemma
-    assert len(not_taken) == (439 if gemma else len(UNREAD_STATISTICS & entries.keys()))
+    assert not_taken.keys() == UNREAD_STATISTICS & entries.keys()
     assert key_hash(shapes | not_taken) == file["diffsynth_hash"]
 
 

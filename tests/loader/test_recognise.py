@@ -57,7 +57,10 @@ def test_upsampler_and_gemma() -> None:
     upsampler = describe(TINY / "ltx-2-tiny-spatial-upscaler-x2.safetensors")
     assert [network.kind for network in upsampler.networks] == [NetworkKind.UPSAMPLER]
     gemma = describe(TINY / "gemma")
-    assert [(network.kind, network.tensors) for network in gemma.networks] == [(NetworkKind.GEMMA, 41)]
+    assert [(network.kind, network.tensors) for network in gemma.networks] == [
+        (NetworkKind.GEMMA, 41),
+        (NetworkKind.GEMMA_VISION, 23),
+    ]
     assert gemma.unknown_keys == ()
     assert gemma.version is None
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3_vision import Gemma3Vision, Gemma3VisionConfig
+from diffsynth.models.gemma3_writer import Continuation, table_chunks
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from diffsynth.models.ltx2.connectors import TextConnectors, TextConnectorsConfig
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractor, PromptFeatures
@@ -20,7 +22,13 @@ from diffsynth.models.ltx2.vocoder import Vocoder, VocoderConfig
 from diffsynth.models.ltx2.vocoder_bwe import VocoderBWE, VocoderBWEConfig
 from diffsynth.pipelines.costs.audio import audio_decoder_cost, audio_encoder_cost, vocoder_cost
 from diffsynth.pipelines.costs.cost import Cost
-from diffsynth.pipelines.costs.text import connectors_cost, feature_widths, gemma_cost
+from diffsynth.pipelines.costs.text import (
+    connectors_cost,
+    enhance_cost,
+    feature_widths,
+    gemma_cost,
+    picture_cost,
+)
 from diffsynth.pipelines.costs.transformer import STATE_COPIES, DenoiseSizes, denoise_cost, free_chunk
 from diffsynth.pipelines.costs.video import decoder_cost, encoder_cost, upsampler_cost
 from diffsynth.pipelines.released import GEMMA, released_config
@@ -29,6 +37,30 @@ from tests.models.ltx2.tiny import tiny_config
 
 BF16 = torch.bfloat16
 MODELS = ("ltx-2", "ltx-2.3")
+
+
+def test_a_picture_that_the_text_model_looks_at_to_the_byte() -> None:
+    config = Gemma3VisionConfig.from_dict(released_config(GEMMA))
+    vision = network(Gemma3Vision, replace(config, num_layers=2))
+    assert picture_cost(config, 2).nbytes == peak_bytes(vision, empty(1, 3, 896, 896))
+    attention = 27 * 4 * 4096**2 * 1152
+    assert picture_cost(config, 2).flops == pytest.approx(2 * 4096 * 417e6 + attention, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [300, 900])
+def test_writing_at_real_widths(tokens: int) -> None:
+    config = Gemma3Config.from_dict(released_config(GEMMA))
+    few = replace(config, layer_kinds=config.layer_kinds[4:6], vocab_size=64)
+    model = network(Gemma3TextModel, few)
+    assert isinstance(model, Gemma3TextModel)
+
+    def start(given: Tensor) -> Tensor:
+        how = {"device": torch.device("cpu"), "dtype": BF16}
+        return Continuation(model, given, tokens + 512, **how).logits(lambda: table_chunks(model))
+
+    peak = peak_bytes(start, empty(1, tokens, few.hidden_size))
+    given = tokens * few.hidden_size * 2  # stays alive here only
+    assert peak - given <= enhance_cost(few, tokens, 512, False, 2).nbytes <= 1.02 * peak
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -285,7 +285,9 @@ def test_smaller_tiles_only_where_the_own_ones_do_not_fit(ltx_2: ModelSizes) -> 
     assert flops == sorted(flops)
     roomy = plan_request(asked, "2.0", find_gpu("4060").budget(), storage="", parts=ltx_2)
     assert own.items() <= roomy.phase("decode video").settings.items()
-    tight = plan_request(request(512, 768), "2.0", FOUR.budget(), storage="", parts=ltx_2)
+    tight = plan_request(
+        request(512, 768), "2.0", replace(FOUR, vram_gb=4.2).budget(), storage="", parts=ltx_2
+    )
     settings = tight.phase("decode video").settings
     assert settings["tile_size_in_pixels"] == 512
     assert settings["tile_size_in_frames"] == 128

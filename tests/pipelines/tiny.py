@@ -24,6 +24,9 @@ UPSCALER = TINY / "ltx-2-tiny-spatial-upscaler-x2.safetensors"
 LORA = TINY / "ltx-2-tiny-distilled-lora-2.safetensors"
 PICTURES = (TINY / "cond_image_0.png", TINY / "cond_image_1.png")
 
+APART = {NetworkKind.GEMMA, NetworkKind.GEMMA_VISION, NetworkKind.LORA, NetworkKind.UPSAMPLER}
+"""What no single-file checkpoint holds."""
+
 SMALL: Mapping[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
 """The smallest call that does everything."""
 
@@ -171,7 +174,7 @@ def write_ltx_2_3(file: Path) -> Path:
     random = torch.Generator().manual_seed(1)
     state: dict[str, Tensor] = {}
     for kind in NetworkKind:
-        if kind in {NetworkKind.GEMMA, NetworkKind.LORA, NetworkKind.UPSAMPLER}:
+        if kind in APART:
             continue
         spec = network_spec(kind, ["vocoder.bwe_generator."])
         with torch.device("meta"):
