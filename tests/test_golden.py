@@ -51,10 +51,10 @@ def test_a_wrong_number_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     save_file(tensors, bad, metadata)
     assert main([str(good), str(bad)]) == 1
     printed = capsys.readouterr().out
-    assert "1 passed, 1 failed" in printed
+    assert "1 passed, 1 failed, 0 later" in printed
     assert name in printed
     assert main([str(good)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed, 0 later"
 
 
 def test_a_case_of_an_unknown_component_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,3 +62,13 @@ def test_a_case_of_an_unknown_component_fails(tmp_path: Path, capsys: pytest.Cap
     case.write_text('{"component": "something new"}', encoding="utf-8")
     assert main([str(case)]) == 1
     assert "no runner knows" in capsys.readouterr().out
+
+
+def test_a_case_of_a_feature_to_come_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = tmp_path / "schedules.json"
+    case.write_text('{"component": "ltx-video scheduler"}', encoding="utf-8")
+    assert main([str(case)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"later   {case}  [ltx-video scheduler]  LTX-Video is not built yet",
+        "0 passed, 0 failed, 1 later",
+    ]

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="*", type=Path, default=[Path(__file__).parent])
     parser.add_argument("--verbose", action="store_true", help="show every compared tensor")
     options = parser.parse_args(arguments)
-    counts = {"passed": 0, "failed": 0}
+    counts = {"passed": 0, "failed": 0, "later": 0}
     for path in collect(options.paths):
         outcome = run(path)
         counts[outcome.status] += 1
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         details = outcome.details(only_failures=not options.verbose)
         if details:
             print(details)
-    print(f"{counts['passed']} passed, {counts['failed']} failed")
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['later']} later")
     return 1 if counts["failed"] or not sum(counts.values()) else 0
 
 

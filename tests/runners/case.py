@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 class Outcome:
     path: Path
     component: str
-    status: Literal["passed", "failed"]
+    status: Literal["passed", "failed", "later"]
     message: str = ""
     comparisons: list[Comparison] = field(default_factory=list)
 

@@ -56,6 +56,19 @@ RUNNERS: dict[str, str] = {
     "pipeline defaults": "pipelines:defaults",
 }
 
+# Component of cases of features that are not built yet -> the feature: they are listed, never passed over.
+LATER: dict[str, str] = {
+    "calibrators": "caching across steps",
+    "step_cache_decisions": "caching across steps",
+    "two_stream_block_cache": "caching across steps",
+    "ltx-2 causal audio-video streaming": "streaming generation",
+    "ltx-video transformer, chunked causal streaming": "streaming generation",
+    "ltx-video scheduler": "LTX-Video",
+    "ltx-video transformer": "LTX-Video",
+    "ltx-video vae decoder": "LTX-Video",
+    "ltx-video vae encoder": "LTX-Video",
+}
+
 
 def collect(paths: Iterable[Path]) -> Iterator[Path]:
     """Case files among ``paths``; folders are searched, checkpoints and tokenizers in them are left out."""
@@ -94,6 +107,8 @@ def run(path: Path) -> Outcome:
     """Run one case; every exception becomes a failed outcome with its reason."""
     component = identify(path) or "unknown"
     case = Case.load(path)
+    if component in LATER:
+        return Outcome(path, component, "later", f"{LATER[component]} is not built yet")
     if component not in RUNNERS:
         return Outcome(path, component, "failed", "no runner knows this component")
     module, _, function = RUNNERS[component].partition(":")
