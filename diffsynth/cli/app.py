@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from diffsynth import __version__
-from diffsynth.cli import machine
+from diffsynth.cli import machine, official
 from diffsynth.cli.cache import cache_app
 from diffsynth.cli.options import parse_request, request_options
 from diffsynth.cli.plan import plan
@@ -31,6 +31,7 @@ app.add_typer(cache_app)
 
 MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging Face)"
 RUN = machine.RUN
+OUTPUT_HELP = "the mp4 to write; with audio alone a .wav or .flac"
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,9 +54,9 @@ def _common(
 @request_options
 def generate(
     prompt: Annotated[str, typer.Argument(help="what the video shows and how it sounds")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="the mp4 to write", rich_help_panel=RUN)
-    ] = Path("video.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP, rich_help_panel=RUN)] = Path(
+        "video.mp4"
+    ),
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,14 +95,15 @@ def generate(
     # Before torch is imported: a wrong number is told at once.
     checked = parse_request({"prompt": prompt, **request}).validate()
     try:
-        from diffsynth.cli.generate import ModelOptions, run
+        from diffsynth.cli.generate import DISTILLED_LORA_STRENGTH, ModelOptions, run, with_strength
 
+        distilled = with_strength(distilled_lora, DISTILLED_LORA_STRENGTH) if distilled_lora else None
         models = ModelOptions(
             checkpoint=tuple(checkpoint or ()),
             gemma=gemma,
             upsampler=upsampler,
-            distilled_lora=distilled_lora,
-            loras=tuple(lora or ()),
+            distilled_lora=distilled,
+            loras=tuple(with_strength(name) for name in lora or ()),
             machine=machine.MachineOptions.of(device, dtype, vram_limit, host_limit, storage, cache),
         )
         run(request=checked, models=models, output=output, quiet=quiet, stats=stats)
@@ -116,9 +118,9 @@ def decode(
         list[str],
         typer.Option(help="the checkpoint of that run, or its repackaged decoders", rich_help_panel=MODELS),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="the mp4 to write", rich_help_panel=RUN)
-    ] = Path("video.mp4"),
+    output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP, rich_help_panel=RUN)] = Path(
+        "video.mp4"
+    ),
     device: machine.Device = None,
     dtype: machine.Dtype = machine.DEFAULT_DTYPE,
     vram_limit: machine.VramLimit = None,
@@ -147,6 +149,20 @@ def inspect(
     from diffsynth.cli.inspect import run
 
     run(file, as_json=json)
+
+
+def _add_official(name: str, text: str) -> None:
+    """One of the official commands, which read their options themselves."""
+
+    def command(context: typer.Context) -> None:
+        official.run(name, context.args)
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name, help=text, context_settings=settings, add_help_option=False)(command)
+
+
+for _pipeline in official.PIPELINES.values():
+    _add_official(_pipeline.name, _pipeline.text)
 
 
 def main() -> None:

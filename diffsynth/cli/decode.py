@@ -1,16 +1,14 @@
-"""``diffsynth decode``: the latents of a run that was stopped at its end -> mp4."""
+"""``diffsynth decode``: the latents of a run that was stopped at its end -> mp4 or sound."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth.cli.generate import dtype_named, model_config, out_of_memory_told, phases, write
+from diffsynth.cli.generate import check_output, dtype_named, model_config, out_of_memory_told, phases, write
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
-from diffsynth.errors import RequestError
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.rescue import FinalLatents
-from diffsynth.utils.media_io_ltx2 import check_output_path
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +29,8 @@ def run(
     Raises:
         DiffSynthError: of the kind that says what was wrong.
     """
-    check_output_path(output)
     latents = FinalLatents.load(file)
-    if latents.request.audio_only:
-        raise RequestError(
-            f"{file} has no video to write as mp4", hint="in Python: pipe.decode(file) gives the sound"
-        )
+    check_output(output, latents.request)
     pipe = LTX2AudioVideoPipeline.from_pretrained(
         torch_dtype=dtype_named(machine.dtype),
         device=machine.device,

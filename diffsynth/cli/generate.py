@@ -15,17 +15,23 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
-from diffsynth.device import is_out_of_memory
+from diffsynth.device import is_out_of_memory, resolve_device
 from diffsynth.errors import MemoryBudgetError, RequestError
+from diffsynth.loader import NetworkKind, find_network, model_version
 from diffsynth.pipelines.inputs import fit_request, inputs_by_path
+from diffsynth.pipelines.limits import AUTO
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import OnProgress, Progress, ignore
 from diffsynth.pipelines.rescue import FinalLatents, keep, way_out
 from diffsynth.pipelines.result import Result
 from diffsynth.request import GenerateRequest
+from diffsynth.utils.audio_file import check_audio_path, write_audio
 from diffsynth.utils.media_io_ltx2 import check_output_path, write_video_audio_ltx2
 
 logger = logging.getLogger(__name__)
+
+DISTILLED_LORA_STRENGTH = 0.8
+"""Of the public API; the official commands have 1."""
 
 _IN_BYTES: Mapping[str, Any] = {"unit": "B", "unit_scale": True}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,8 +50,9 @@ class ModelOptions:
     checkpoint: tuple[str, ...]
     gemma: str
     upsampler: str | None
-    distilled_lora: str | None
-    loras: tuple[str, ...]
+    distilled_lora: tuple[str, float] | None
+    """File and strength, as of all LoRAs."""
+    loras: tuple[tuple[str, float], ...]
     machine: MachineOptions
 
 
@@ -57,12 +64,7 @@ def run(
     Raises:
         DiffSynthError: of the kind that says what was wrong.
     """
-    if request.audio_only:
-        raise RequestError(
-            "--audio-only has no video to write as mp4",
-            hint="in Python: pipe(..., audio_only=True) gives the sound",
-        )
-    check_output_path(output)
+    check_output(output, request)
     request = fit_request(request)
     inputs = inputs_by_path(request)
     pipe = load_pipeline(models, request)
@@ -73,15 +75,27 @@ def run(
         show_stats(pipe.memory_report())
 
 
+def check_output(output: Path, request: GenerateRequest) -> None:
+    """Make sure, before any work, that the result can be written: an mp4, or sound alone.
+
+    Raises:
+        RequestError, OutputError: another suffix, no such folder, or one that cannot be written to.
+    """
+    check = check_audio_path if request.audio_only else check_output_path
+    check(output)
+
+
 def write(result: Result, output: Path) -> None:
-    """Write the mp4; if that fails, the latents are kept.
+    """Write the mp4, or the sound if it is all there is; if that fails, the latents are kept.
 
     Raises:
         OutputError: the folder is not writable or the disk is full.
     """
-    assert result.frames is not None
     try:
-        write_video_audio_ltx2(result.frames, result.waveform, output)
+        if result.frames is not None:
+            write_video_audio_ltx2(result.frames, result.waveform, output)
+        elif result.waveform is not None:
+            write_audio(result.waveform, output, request=result.record)
     except BaseException:
         path = keep(FinalLatents.of(result))
         if path is not None:
@@ -134,8 +148,10 @@ def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVi
     machine = models.machine
     dtype = dtype_named(machine.dtype)
     files = [*models.checkpoint, models.gemma, *([models.upsampler] if models.upsampler else [])]
-    lora, strength = _with_strength(models.distilled_lora, 0.8) if models.distilled_lora else (None, 0.8)
-    loras = [_with_strength(name, 1.0) for name in models.loras]
+    lora, strength = models.distilled_lora or (None, DISTILLED_LORA_STRENGTH)
+    vram_limit = machine.vram_limit
+    if vram_limit is None and machine.prefetch_count and resolve_device(machine.device).type != "cpu":
+        vram_limit = AUTO
     return LTX2AudioVideoPipeline.from_pretrained(
         torch_dtype=dtype,
         device=machine.device,
@@ -143,11 +159,12 @@ def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVi
         tokenizer_config=_tokenizer(models.gemma),
         stage2_lora_config=model_config(lora) if lora else None,
         stage2_lora_strength=strength,
-        vram_limit=machine.vram_limit,
+        vram_limit=vram_limit,
         host_limit=machine.host_limit,
         storage=machine.storage,
         cache=machine.cache,
-        loras=[(model_config(file), alpha) for file, alpha in loras],
+        prefetch_count=machine.prefetch_count,
+        loras=[(model_config(file), alpha) for file, alpha in models.loras],
         request=request,
     )
 
@@ -158,6 +175,17 @@ def model_config(name: str) -> ModelConfig:
     if colon and not Path(name).exists() and _MODEL_ID.fullmatch(model_id):
         return ModelConfig(model_id=model_id, origin_file_pattern=pattern)
     return ModelConfig(path=name)
+
+
+def checkpoint_facts(name: str) -> tuple[str, int]:
+    """From the header of a checkpoint: its model, "2.0" or "2.3", and the blocks of its transformer.
+
+    Raises:
+        CheckpointError, DownloadError: it cannot be read, or holds no transformer.
+    """
+    files = model_config(name).open()
+    config = find_network(NetworkKind.TRANSFORMER, files).config
+    return model_version(files) or "2.0", int(config.num_layers)
 
 
 @contextmanager
@@ -192,6 +220,7 @@ def _tokenizer(gemma: str) -> ModelConfig:
     return ModelConfig(path=path if path.is_dir() else path.parent)
 
 
-def _with_strength(name: str, default: float) -> tuple[str, float]:
+def with_strength(name: str, default: float = 1.0) -> tuple[str, float]:
+    """``FILE`` or ``FILE=STRENGTH``."""
     match = None if Path(name).exists() else _STRENGTH.fullmatch(name)
     return (match["file"], float(match["strength"])) if match else (name, default)

@@ -53,6 +53,7 @@ class MachineOptions:
     host_limit: float | None
     storage: str | None
     cache: bool
+    prefetch_count: int | None = None
 
     @classmethod
     def of(
@@ -63,6 +64,8 @@ class MachineOptions:
         host_limit: float | None,
         storage: str | None,
         cache: bool,
+        *,
+        prefetch_count: int | None = None,
     ) -> Self:
         """From the options as they are typed."""
         return cls(
@@ -72,6 +75,7 @@ class MachineOptions:
             host_limit=host_limit,
             storage=storage,
             cache=cache,
+            prefetch_count=prefetch_count,
         )
 
 

@@ -1,7 +1,7 @@
 """What a user allows a pipeline to take, and how that becomes a budget and a storage policy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from diffsynth.device import Backend
@@ -52,12 +52,15 @@ class MemoryLimits:
             A network whose file holds linear weights as float8 e4m3 is stored as the file has it instead of
             int8, see :meth:`~diffsynth.pipelines.storage.Storage.following`.
         cache: whether converted weights are kept on the disk; otherwise they are packed into host memory.
+        prefetch_count: blocks that may be on their way to the device while one computes, where they fit;
+            None: one, which is enough wherever a copy is shorter than the computation.
     """
 
     vram_limit: float | str | None = None
     host_limit: float | None = None
     storage: str | None = None
     cache: bool = True
+    prefetch_count: int | None = None
 
     def __post_init__(self) -> None:
         limits = [("host_limit", self.host_limit)]
@@ -72,13 +75,16 @@ class MemoryLimits:
         for name, value in limits:
             if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
                 raise RequestError(f"{name}={value!r} is not a positive number of GB", hint=f"{name}=7.5")
+        count = self.prefetch_count
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise RequestError(f"prefetch_count={count!r} is no number of blocks", hint="prefetch_count=1")
         if self.storage is not None:
             Storage.named(self.storage)
 
     def asks_for_management(self, configs: Mapping[NetworkKind, ModelConfig]) -> bool:
         """Whether weights are brought phase by phase instead of lying on the device."""
-        given = (self.vram_limit, self.host_limit, self.storage)
-        return given != (None, None, None) or any(map(asks_for_management, configs.values()))
+        given = {self.vram_limit, self.host_limit, self.storage, self.prefetch_count}
+        return given != {None} or any(map(asks_for_management, configs.values()))
 
     def storage_policy(
         self, configs: Mapping[NetworkKind, ModelConfig], networks: Mapping[NetworkKind, NetworkWeights]
@@ -107,13 +113,14 @@ class MemoryLimits:
         workspaces = backend.capabilities.workspaces
         vram_bytes = self._vram_bytes(backend)  # first: measuring loads libraries, which take some
         figures = machine_figures(backend) if workspaces else MachineFigures()
-        return machine_budget(
+        budget = machine_budget(
             backend,
             figures,
             vram_bytes=vram_bytes,
             host_bytes=None if self.host_limit is None else int(self.host_limit * GB),
             workspaces=workspaces,
         )
+        return budget if self.prefetch_count is None else replace(budget, slots=self.prefetch_count + 1)
 
     def _preset(self) -> VRAMPreset | None:
         if isinstance(self.vram_limit, str) and self.vram_limit != AUTO:

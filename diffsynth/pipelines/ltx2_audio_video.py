@@ -114,6 +114,7 @@ class LTX2AudioVideoPipeline:
         host_limit: float | None = None,
         storage: str | None = None,
         cache: bool = True,
+        prefetch_count: int | None = None,
         loras: Sequence[tuple[str | Path | ModelConfig, float]] = (),
         request: GenerateRequest | None = None,
         networks: Collection[str] | None = None,
@@ -136,6 +137,7 @@ class LTX2AudioVideoPipeline:
                 ``model_configs`` that ask for it, weights come to the device block by block; with none of
                 them they all lie there.
             cache: keep converted weights on the disk, so that the next start is quick.
+            prefetch_count: blocks that may be on their way to the device while one computes; one if None.
             loras: files and strengths, activated as :meth:`load_lora` does; they are read before any weight.
             request: one that will be made: if these files cannot serve it, the error comes before any weight
                 is read.
@@ -146,7 +148,13 @@ class LTX2AudioVideoPipeline:
             CheckpointError: files that are missing, damaged, unknown, or do not belong together.
             DownloadError: a file could not be fetched.
         """
-        limits = MemoryLimits(vram_limit=vram_limit, host_limit=host_limit, storage=storage, cache=cache)
+        limits = MemoryLimits(
+            vram_limit=vram_limit,
+            host_limit=host_limit,
+            storage=storage,
+            cache=cache,
+            prefetch_count=prefetch_count,
+        )
         if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
             raise RequestError(f"torch_dtype={torch_dtype!r} is not a floating dtype", hint="torch.bfloat16")
         target = resolve_device(device)

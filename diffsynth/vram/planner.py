@@ -119,6 +119,8 @@ class Budget:
         tflops: dense peak of the compute dtype, in 10**12 operations per second.
         reserve_bytes: device memory that no tensor gets: context and library handles.
         workspaces: whether the device's libraries take memory beside tensors; plain host code does not.
+        slots: blocks that shall be on the device at a time beside residents, where they fit: one computes,
+            the others arrive.  None: as many as are of use.
         gaps: share of the tensors' memory that the allocator of such a device holds beside them.
         pin_limit_bytes: host memory that may be page-locked at one time.
         efficiency: share of the peak that is reached.
@@ -134,6 +136,7 @@ class Budget:
     tflops: float
     reserve_bytes: int = 0
     workspaces: bool = True
+    slots: int | None = None
     gaps: float = GAPS
     pin_limit_bytes: int = 0
     efficiency: float = EFFICIENCY
@@ -192,7 +195,7 @@ class _Placement(NamedTuple):
 
 def _fits(demand: PhaseDemand, budget: Budget) -> bool:
     """The leanest ways are tried first: the last choices, without residents."""
-    leanest = list(reversed(_placements(demand)))
+    leanest = list(reversed(_placements(demand, budget.slots)))
     return any(
         _place(demand, choice, placement, budget) is not None
         for choice in reversed(demand.choices)
@@ -202,17 +205,18 @@ def _fits(demand: PhaseDemand, budget: Budget) -> bool:
 
 def _best(demand: PhaseDemand, budget: Budget) -> PhasePlan | None:
     """The fastest; of those that take as long the preferred choice, and there what moves least."""
-    placements = _placements(demand)
-    found: list[tuple[float, int, int, PhasePlan]] = []
+    placements = _placements(demand, budget.slots)
+    found: list[tuple[bool, float, int, int, PhasePlan]] = []
     for number, choice in enumerate(demand.choices):
         for placement in placements:
             placed = _place(demand, choice, placement, budget)
             if placed is not None:
-                found.append((placed.seconds, number, placed.bytes_per_traversal, placed))
-    return min(found, key=lambda ranked: ranked[:3])[3] if found else None
+                unwanted = budget.slots is not None and placed.slots not in (0, budget.slots)
+                found.append((unwanted, placed.seconds, number, placed.bytes_per_traversal, placed))
+    return min(found, key=lambda ranked: ranked[:4])[4] if found else None
 
 
-def _placements(demand: PhaseDemand) -> list[_Placement]:
+def _placements(demand: PhaseDemand, wanted_slots: int | None) -> list[_Placement]:
     """All numbers of residents and of slots.
 
     In a single traversal nothing is used twice, so nothing is made resident.  Where blocks differ in size,
@@ -220,6 +224,7 @@ def _placements(demand: PhaseDemand) -> list[_Placement]:
     """
     found = []
     blocks = demand.blocks
+    slot_numbers = sorted({wanted_slots or SLOTS, SLOTS, 1}, reverse=True)
     smallest = min((block.nbytes for block in blocks), default=0)
     for fixed in dict.fromkeys((frozenset[str](), frozenset(b.name for b in blocks if b.nbytes > smallest))):
         free = [block for block in blocks if block.name not in fixed]
@@ -232,7 +237,7 @@ def _placements(demand: PhaseDemand) -> list[_Placement]:
             moved = sum(block.moved_bytes for block in streamed)
             slot = max((block.nbytes for block in streamed), default=0)
             slot += max((block.companion_bytes for block in streamed), default=0)
-            for slots in (SLOTS, 1) if streamed else (0,):
+            for slots in slot_numbers if streamed else (0,):
                 found.append(_Placement(residents, streamed, slots, kept + slots * slot, moved))
     return found
 
@@ -325,7 +330,7 @@ def _ring_bytes(blocks: Sequence[Block]) -> int:
 def _refusal(demand: PhaseDemand, budget: Budget, smaller: Smaller | None) -> MemoryBudgetError:
     """Say which memory is too small, what needs it, and what would fit."""
     hint = next(_hints(budget, smaller), "a larger limit, or a storage format of fewer bits")
-    placements = _placements(demand)
+    placements = _placements(demand, budget.slots)
     needs = [
         (min(_vram_bytes(demand, choice, placement, budget) for placement in placements), choice)
         for choice in demand.choices

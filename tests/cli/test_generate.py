@@ -186,7 +186,7 @@ def test_an_empty_prompt_is_allowed(here: Here, tmp_path: Path) -> None:
         (("--dtype", "float8"), "--dtype=float8 is not known  Try: bfloat16"),
         (("--conventions", "mine"), "conventions"),
         (("--vram-limit", "-1"), "vram_limit=-1"),
-        (("--audio-only",), "--audio-only has no video to write"),
+        (("--audio-only",), "video.mp4 is no name for sound alone"),
         (("-o", "boat.avi"), "output_path=boat.avi does not end in .mp4"),
         (("--video-guidance", "{"), "--video-guidance"),
         (("--no-such-option",), "No such option"),

@@ -288,6 +288,13 @@ def test_workspaces_count_only_where_libraries_take_them() -> None:
     assert with_them.peak_vram_bytes - without.peak_vram_bytes == 20 * MB
 
 
+def test_slots_that_are_asked_for_are_had_where_they_fit() -> None:
+    asked = [one(demand(), budget(vram_bytes=limit * MB, slots=4)) for limit in (700, 500, 400, 1300)]
+    assert [placed.slots for placed in asked] == [4, 2, 1, 0]
+    assert asked[0].peak_vram_bytes <= 700 * MB
+    assert one(demand(), budget(vram_bytes=700 * MB)).slots == 2
+
+
 def test_gaps_count_on_top_of_all_tensors_and_not_of_the_context() -> None:
     tight = one(demand(), budget(vram_bytes=None, reserve_bytes=100 * MB)).peak_vram_bytes
     loose = one(demand(), budget(vram_bytes=None, reserve_bytes=100 * MB, gaps=0.5)).peak_vram_bytes
