@@ -1,6 +1,6 @@
 """The packed weights of a pipeline: how each network is divided, and where its blocks come from."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -39,7 +39,6 @@ class PackedWeights:
         backend: Backend,
         *,
         cache: PackedCache | None,
-        on_disk: Collection[str] = (),
     ) -> None:
         """Nothing is read yet.
 
@@ -49,14 +48,12 @@ class PackedWeights:
             dtype: that the networks compute in.
             backend: of the device.
             cache: of packed files; None packs into host memory.
-            on_disk: parts of which no block stays in host memory.
         """
         self._weights = weights
         self._storage = storage
         self._dtype = dtype
         self._backend = backend
         self._cache = cache
-        self._on_disk = frozenset(on_disk)
         self._layouts: dict[str, PartLayouts] = {}
         self._files: dict[str, PackedFile] = {}
         self._in_ram: dict[str, dict[str, tuple[BlockLayout, Tensor]]] = {}
@@ -125,7 +122,7 @@ class PackedWeights:
         return MixedSource(
             self._files[part],
             self._backend,
-            in_ram=() if plan is None or part in self._on_disk else plan.ram_blocks,
+            in_ram=() if plan is None else plan.ram_blocks,
             page_locked=plan is not None and plan.pinned,
         )
 
