@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from diffsynth.errors import CheckpointError, RequestError
-from diffsynth.lora.file import Lora
+from diffsynth.lora.file import Lora, LoraReport
 from diffsynth.lora.fuse import LoraUpdate, WeightedUpdates
 
 
@@ -23,7 +23,13 @@ class LoraHandle:
     """Names one LoRA of one :class:`LoraStack`; equal to itself only."""
 
     number: int
-    source: str
+    report: LoraReport
+    """Keys of the file that matched, and those that did not."""
+
+    @property
+    def source(self) -> str:
+        """Name of the file."""
+        return self.report.source
 
 
 class LoraStack:
@@ -86,7 +92,7 @@ class LoraStack:
                 f"{lora.report.source} was read for another model: no layer {missing[0]} here",
                 hint="read the file again for this model",
             )
-        handle = LoraHandle(self._next_number, lora.report.source)
+        handle = LoraHandle(self._next_number, lora.report)
         self._next_number += 1
         self._active[handle] = (lora, strength)
         for name, update in lora.updates.items() if self._hooked else ():
@@ -96,16 +102,25 @@ class LoraStack:
         return handle
 
     def set_strength(self, handle: LoraHandle, strength: float) -> None:
-        """Change a strength; 0 switches the LoRA off exactly.  Raises RequestError if it is not finite."""
+        """Change a strength; 0 switches the LoRA off exactly.
+
+        Raises:
+            RequestError: ``strength`` is not a finite number, or the LoRA is not active.
+        """
         _check_strength(strength)
-        lora, _ = self._active[handle]
+        lora = self._lora(handle)
         self._active[handle] = (lora, strength)
         for name in lora.updates if self._hooked else ():
             self._layers[name].entries[handle].strength = strength
 
     def remove(self, handle: LoraHandle) -> None:
-        """Deactivate a LoRA, drop its copies and take the hooks of layers off that have no other."""
-        lora, _ = self._active.pop(handle)
+        """Deactivate a LoRA, drop its copies and take the hooks of layers off that have no other.
+
+        Raises:
+            RequestError: the LoRA is not active.
+        """
+        lora = self._lora(handle)
+        del self._active[handle]
         for name in lora.updates if self._hooked else ():
             layer = self._layers[name]
             layer.drop(handle)
@@ -117,6 +132,13 @@ class LoraStack:
         """Remove all LoRAs."""
         for handle in list(self._active):
             self.remove(handle)
+
+    def _lora(self, handle: LoraHandle) -> Lora:
+        if handle not in self._active:
+            raise RequestError(
+                f"{handle.source} is not active here", hint="a handle of load_lora, not removed since"
+            )
+        return self._active[handle][0]
 
     @contextmanager
     def scoped(self, lora: Lora, strength: float = 1.0) -> Iterator[LoraHandle]:

@@ -174,7 +174,7 @@ class LTX2AudioVideoPipeline:
         if request is not None:
             outlined = cls(outline, stage2_lora=lora)
             for read, alpha in own:
-                outlined._activate(read, alpha)
+                outlined._stack.add(read, alpha)
             request = outlined.check(request)
         if limits.asks_for_management(opened.configs):
             assembly = manage(opened, limits, target, torch_dtype)
@@ -182,7 +182,7 @@ class LTX2AudioVideoPipeline:
             assembly = opened.load(target, torch_dtype)
         pipe = cls(assembly, stage2_lora=lora, stage2_lora_strength=stage2_lora_strength)
         for read, alpha in own:
-            pipe._activate(read, alpha)
+            pipe._stack.add(read, alpha)
         if request is not None:
             pipe._plan(request, known_contexts(pipe.parts, request))
         return pipe
@@ -203,17 +203,45 @@ class LTX2AudioVideoPipeline:
             lora: a file, a configuration, or tensors by key, in any known key format.
             alpha: the strength; negative and above 1 are legal.
 
+        Returns:
+            What :meth:`set_lora_strength` and :meth:`remove_lora` take; ``handle.report`` says which keys of
+            the file matched.
+
         Raises:
             RequestError: another module, or a strength that is no number.
-            CheckpointError: unreadable, nothing in it matches, or made for the other model version.
+            CheckpointError: unreadable, nothing in it matches, or it does not fit because it was made for
+                the other model version; one that fits all the same is warned about.
         """
         if self._loras is None or module is not self.parts.dit:
             raise RequestError("load_lora changes the transformer only", hint="pipe.load_lora(pipe.dit, ...)")
-        return self._loras.add(read_transformer_lora(self.parts, lora), alpha)
+        return self._stack.add(read_transformer_lora(self.parts, lora), alpha)
 
-    def _activate(self, lora: Lora, alpha: float) -> LoraHandle:
-        assert self._loras is not None, "a LoRA is read for a transformer only"
-        return self._loras.add(lora, alpha)
+    @property
+    def active_loras(self) -> dict[LoraHandle, float]:
+        """Handles and strengths of the user's LoRAs, in the order of adding."""
+        return {} if self._loras is None else self._loras.active
+
+    def set_lora_strength(self, handle: LoraHandle, alpha: float) -> None:
+        """Change the strength of one LoRA for the coming calls; 0 switches it off exactly.
+
+        Raises:
+            RequestError: not active here, or a strength that is no number.
+        """
+        self._stack.set_strength(handle, alpha)
+
+    def remove_lora(self, handle: LoraHandle) -> None:
+        """Take one LoRA away; the results are those of the others, bit for bit.
+
+        Raises:
+            RequestError: not active here.
+        """
+        self._stack.remove(handle)
+
+    @property
+    def _stack(self) -> LoraStack:
+        if self._loras is None:
+            raise RequestError("no transformer was loaded, so no LoRA is active", hint="load one")
+        return self._loras
 
     def clear_lora(self) -> None:
         """Take all LoRAs of :meth:`load_lora` away; the weights are what they were, bit for bit."""

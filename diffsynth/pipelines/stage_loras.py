@@ -46,7 +46,10 @@ class StageLoraBook:
     def record(self, request: GenerateRequest) -> dict[str, float]:
         """Sources and strengths, for the record of a result."""
         active = self.stack.active if self.stack else {}
-        found = {handle.source: strength for handle, strength in active.items()}
+        found: dict[str, float] = {}
+        for handle, strength in active.items():
+            again = sum(other.source == handle.source for other in active if other.number < handle.number)
+            found[f"{handle.source} ({again + 1})" if again else handle.source] = strength
         for number in (1, 2) if request.use_two_stage_pipeline else (1,):
             strength = self.distilled_strength(request, number)
             if self.distilled is not None and strength:
@@ -61,21 +64,24 @@ class StageLoraBook:
         """
         if not request.in_context_videos or self.stack is None:
             return request
-        references = {lora.report.source: lora.reference for lora in self.stack.loras}
-        stated = {source: each.factor for source, each in references.items() if each.source != "default"}
-        if len({factor for factor in stated.values() if factor != 1}) > 1:
-            listed = ", ".join(f"{source}: {factor}" for source, factor in stated.items())
+        references = [(lora.report.source, lora.reference) for lora in self.stack.loras]
+        stated = [(source, each.factor) for source, each in references if each.source != "default"]
+        if len({factor for _, factor in stated if factor != 1}) > 1:
+            listed = ", ".join(f"{source}: {factor}" for source, factor in stated)
             raise RequestError(
                 f"in_context_videos: the LoRAs want references of different sizes ({listed})",
                 hint="load only one of them; pipe.clear_lora() takes all away",
             )
-        sparse = [source for source, each in references.items() if each.temporal_factor != 1]
+        sparse = [source for source, each in references if each.temporal_factor != 1]
         if sparse:
             raise RequestError(
                 f"in_context_videos: {sparse[0]} wants references with fewer frames, which are not supported",
                 hint="another LoRA",
             )
-        given, wanted = request.in_context_downsample_factor, max(stated.values(), default=None)
+        given, wanted = (
+            request.in_context_downsample_factor,
+            max((factor for _, factor in stated), default=None),
+        )
         if given is None:
             return replace(request, in_context_downsample_factor=wanted or request.reference_factor)
         if wanted not in (None, given):

@@ -155,20 +155,20 @@ def in_context_lora(file: Path, **metadata: str) -> Path:
     return file
 
 
-def test_loras_that_want_references_of_two_sizes(pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> None:
-    for factor in (2, 4):
-        file = in_context_lora(
-            tmp_path / f"union-{factor}.safetensors", reference_downscale_factor=str(factor)
-        )
-        pipe.load_lora(pipe.dit, file)
+@pytest.mark.parametrize("names", [("union-2.safetensors", "union-4.safetensors"), ("2/union", "4/union")])
+def test_loras_that_want_references_of_two_sizes(
+    pipe: LTX2AudioVideoPipeline, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for factor, name in zip((2, 4), names, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pipe.load_lora(pipe.dit, in_context_lora(tmp_path / name, reference_downscale_factor=str(factor)))
     message = refused(
         RequestError,
         lambda: call(pipe, in_context_videos=[CLIP], height=128, width=128),
         "references of different sizes",
         "load only one",
     )
-    assert "union-2.safetensors: 2, " in message
-    assert "union-4.safetensors: 4" in message
+    assert f"{Path(names[0]).name}: 2, {Path(names[1]).name}: 4" in message
     assert len(call(pipe)[0]) == 9, "without references they go together"
     pipe.clear_lora()
 
