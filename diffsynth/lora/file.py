@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffsynth.errors import CheckpointError
+from diffsynth.loader import SafetensorsFile
 from diffsynth.lora.fuse import LoraUpdate
 from diffsynth.lora.keys import KeyStyle, LayerTable, ParsedKey, Role, refuse_other_methods
 
@@ -153,7 +154,8 @@ def read_lora(
 
     Raises:
         CheckpointError: no file, no safetensors file (pickles are refused by content), another kind of
-            adapter, two updates of one layer, or nothing in it matches the model.
+            adapter, two updates of one layer, nothing in it matches the model, or it was made for the other
+            model version and some of its layers have another shape here.
     """
     shapes = shapes or {}
     if isinstance(source, Mapping):
@@ -166,34 +168,19 @@ def read_lora(
         )
         return _assemble(content, targets, shapes)
     path = Path(source)
-    _check_content(path)
+    header = SafetensorsFile(path)
     try:
         with safe_open(path, framework="pt") as file:
             content = _Content(
                 name=path.name,
-                shapes={key: tuple(file.get_slice(key).get_shape()) for key in file.keys()},  # noqa: SIM118
-                metadata=file.metadata() or {},
+                shapes=header.shapes,
+                metadata=header.metadata,
                 load=file.get_tensor,
                 adapter_config=_json_object(path.with_name("adapter_config.json")),
             )
             return _assemble(content, targets, shapes)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint="download the file again") from error
-
-
-def _check_content(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}", hint="check the path") from error
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        raise CheckpointError(
-            f"{path} is a pickle, which can run any program when it is opened; it is not read",
-            hint="the safetensors file of the same LoRA",
-        )
-    if len(start) < 9 or start[8:] != b"{":
-        raise CheckpointError(f"{path} is not a safetensors file", hint="download the file again")
 
 
 def _json_object(path: Path) -> Mapping[str, Any]:
@@ -365,20 +352,28 @@ def _generation_of(content: _Content) -> str | None:
 
 
 def _tell(report: LoraReport, targets: Collection[str]) -> None:
-    """Log what the file did, warn about what it did not; raise when it did nothing."""
+    """Log what the file did, warn about what it did not; raise when it did nothing, or fits by half only
+    because it belongs to the other model version."""
     if not report.matched:
         reasons = (*report.wrong_shape, *report.incomplete, *report.unmatched, *report.text_side)
         raise CheckpointError(
             f"{report.source}: nothing in it fits this model ({_some(reasons)})",
             hint="a LoRA made for this model: `diffsynth inspect FILE` shows what the file holds",
         )
+    # Only LTX-2.3 has gated attention.
+    model = "LTX-2.3" if any(name.endswith(".to_gate_logits") for name in targets) else "LTX-2"
+    foreign = report.made_for not in {None, model}
+    if foreign and report.wrong_shape:
+        raise CheckpointError(
+            f"{report.source} was made for {report.made_for}, the model is {model}, and "
+            f"{len(report.wrong_shape)} layers have another shape ({_some(report.wrong_shape)})",
+            hint=f"a LoRA for {model}",
+        )
     logger.info("%s", report)
     lost = (*report.wrong_shape, *report.incomplete, *report.unmatched)
     if lost:
         logger.warning("%s: %d entries are not applied: %s", report.source, len(lost), _some(lost))
-    # Only LTX-2.3 has gated attention.
-    model = "LTX-2.3" if any(name.endswith(".to_gate_logits") for name in targets) else "LTX-2"
-    if report.made_for not in {None, model}:
+    if foreign:
         logger.warning("%s was made for %s, not for %s", report.source, report.made_for, model)
 
 

@@ -162,7 +162,7 @@ def read_transformer_lora(parts: Parts, source: str | Path | ModelConfig | Mappi
     """Read a LoRA for the transformer.
 
     Raises:
-        CheckpointError: no transformer to put it on, unreadable, or made for the other model version.
+        CheckpointError: no transformer to put it on, or see :func:`~diffsynth.lora.read_lora`.
     """
     parts.require(["dit"])
     assert parts.dit is not None
@@ -170,14 +170,7 @@ def read_transformer_lora(parts: Parts, source: str | Path | ModelConfig | Mappi
     if isinstance(source, ModelConfig):
         source.validate()
         source = source.state_dict if source.state_dict is not None else source.resolve()[0]
-    lora = read_lora(source, shapes.keys(), shapes)
-    model = MODEL_NAMES[parts.version]
-    if lora.report.made_for not in (None, model):
-        raise CheckpointError(
-            f"{lora.report.source} was made for {lora.report.made_for}, the model is {model}",
-            hint=f"a LoRA for {model}",
-        )
-    return lora
+    return read_lora(source, shapes.keys(), shapes)
 
 
 def is_spatial_x2(config: UpsamplerConfig) -> bool:

@@ -156,6 +156,16 @@ def test_pickles_are_refused_by_content(tmp_path: Path) -> None:
             read_lora(path, SHAPES)
 
 
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    lengths = set()
+    for padding in range(0, 256, 8):
+        save_file(official(), path, {"note": "x" * padding})
+        lengths.add(path.read_bytes()[0])
+        assert read_lora(path, SHAPES, SHAPES).report.matched == 1
+    assert 0x80 in lengths, "as a pickle begins"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"GGUF", b"\x05\x00\x00\x00\x00\x00\x00\x00{abc}", b"\xff" * 8 + b"{"]
 )
@@ -214,3 +224,19 @@ def test_a_lora_of_another_generation_is_warned_about(
     without_gate = {name: shape for name, shape in SHAPES.items() if name != GATE}
     read_lora(tmp_path / name, without_gate, without_gate)
     assert ("was made for LTX-2.3, not for LTX-2" in caplog.text) is name.startswith("ltx-2.3")
+
+
+def test_a_lora_of_another_generation_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    down, up = pair(2, (8, 9))
+    wide = {
+        "diffusion_model.patchify_proj.lora_A.weight": down,
+        "diffusion_model.patchify_proj.lora_B.weight": up,
+    }
+    for name in ("ltx-2-19b-distilled-lora-384.safetensors", "my-style.safetensors"):
+        save_file(official() | wide, tmp_path / name)
+    with pytest.raises(
+        CheckpointError, match=r"made for LTX-2, the model is LTX-2\.3.*patchify_proj \(8, 5\)"
+    ):
+        read_lora(tmp_path / "ltx-2-19b-distilled-lora-384.safetensors", SHAPES, SHAPES)
+    lora = read_lora(tmp_path / "my-style.safetensors", SHAPES, SHAPES)
+    assert (lora.report.matched, len(lora.report.wrong_shape)) == (1, 1)

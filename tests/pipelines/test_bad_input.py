@@ -243,15 +243,23 @@ def test_upsampler_and_lora_of_the_other_model(ltx_2_3: Path, tmp_path: Path, un
         f"{LORA.name} was made for LTX-2, the model is LTX-2.3",
         "a LoRA for LTX-2.3",
     )
-    lora = tmp_path / "ltx-2.3-22b-distilled-lora-384.safetensors"
-    lora.symlink_to(LORA)
-    refused(CheckpointError, lambda: load(DEV, GEMMA, stage2_lora=lora), f"{lora.name} was made for LTX-2.3")
 
 
-def test_a_lora_of_the_other_model_later(pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> None:
+def test_a_lora_of_the_other_model_that_fits_is_warned_about(
+    pipe: LTX2AudioVideoPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lora = tmp_path / "ltx-2.3-22b-lora-camera.safetensors"
     lora.symlink_to(LORA)
-    refused(CheckpointError, lambda: pipe.load_lora(pipe.dit, lora), "was made for LTX-2.3")
+    with caplog.at_level(logging.WARNING):
+        handle = pipe.load_lora(pipe.dit, lora)
+    warning = f"{lora.name} was made for LTX-2.3, not for LTX-2"
+    assert [record.getMessage() for record in caplog.records] == [warning]
+    assert handle.report.made_for == "LTX-2.3"
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load(DEV, GEMMA, UPSCALER, stage2_lora=lora)
+    assert caplog.text.count(warning) == 1
+    pipe.clear_lora()
 
 
 def test_a_lora_for_something_else(pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> None:
@@ -259,6 +267,9 @@ def test_a_lora_for_something_else(pipe: LTX2AudioVideoPipeline, tmp_path: Path)
     state = {f"unet.down.0.lora_{part}.weight": torch.zeros(2, 2) for part in ("A", "B")}
     save_file(state, file)
     refused(CheckpointError, lambda: pipe.load_lora(pipe.dit, file), "nothing in it fits this model")
+    save_file({**tensors(LORA), "diffusion_model.patchify_proj.dora_scale": torch.ones(32)}, file)
+    refused(CheckpointError, lambda: pipe.load_lora(pipe.dit, file), "DoRA", "merge the adapter")
+    assert not pipe.active_loras
     refused(RequestError, lambda: pipe.load_lora(pipe.text_encoder, LORA), "pipe.load_lora(pipe.dit")
     refused(RequestError, lambda: pipe.load_lora(pipe.dit, LORA, alpha=float("nan")), "nan")
 
