@@ -23,20 +23,27 @@ def is_float8_in_part(key: str) -> bool:
     return (_block(key) == 0) == (".net." in key) if _block(key) is not None else False
 
 
-def write_float8(file: Path, chosen: Callable[[str], bool] = is_float8, *, per_row: bool = False) -> Path:
-    """The tiny checkpoint with the chosen linear weights in e4m3; largest value of each (row): 448."""
-    state: dict[str, Tensor] = {}
-    for key, value in tensors(DEV).items():
+def in_float8(
+    state: Mapping[str, Tensor], chosen: Callable[[str], bool] = is_float8, *, per_row: bool = False
+) -> dict[str, Tensor]:
+    """A checkpoint with the chosen linear weights in e4m3; largest value of each (row): 448."""
+    made: dict[str, Tensor] = {}
+    for key, value in state.items():
         if not chosen(key):
-            state[key] = value
+            made[key] = value
             continue
         weight = value.float()
         largest = weight.abs().amax(dim=1) if per_row else weight.abs().amax()
         scale = largest / 448
-        state[key] = (weight / (scale[:, None] if per_row else scale)).to(torch.float8_e4m3fn)
-        state[f"{key}_scale"] = scale
-        state[f"{key.removesuffix('weight')}input_scale"] = torch.tensor(0.0157)
-    return write_checkpoint(file, state, sections())
+        made[key] = (weight / (scale[:, None] if per_row else scale)).to(torch.float8_e4m3fn)
+        made[f"{key}_scale"] = scale
+        made[f"{key.removesuffix('weight')}input_scale"] = torch.tensor(0.0157)
+    return made
+
+
+def write_float8(file: Path, chosen: Callable[[str], bool] = is_float8, *, per_row: bool = False) -> Path:
+    """The tiny checkpoint, see :func:`in_float8`."""
+    return write_checkpoint(file, in_float8(tensors(DEV), chosen, per_row=per_row), sections())
 
 
 def official_float8(entries: Entries) -> dict[str, tuple[str, tuple[int, ...]]]:

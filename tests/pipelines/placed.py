@@ -130,20 +130,24 @@ def unmanaged(
 ) -> LTX2AudioVideoPipeline:
     """A plain pipeline on the CPU; the weights of some parts went through a storage format."""
     pipe = load(*models, dtype=compute_dtype(storage))
-    policy = Storage.named(storage)
     for part in parts:
-        module: nn.Module = getattr(pipe, part)
-        for name, layer in module.named_modules():
-            format = policy.format_of(part, f"{name}.weight") if isinstance(layer, nn.Linear) else None
-            if format is None or format in AS_IS:
-                continue
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            shape = tuple(weight.shape)
-            format = effective_format(format, shape)
-            decoded = decode(encode(weight.float(), format), format, shape, weight.dtype)
-            layer.weight = nn.Parameter(decoded, requires_grad=False)
+        through_format(getattr(pipe, part), part, storage)
     return pipe
+
+
+def through_format(module: nn.Module, part: str, storage: str) -> None:
+    """Replace the weights of a network by what a storage format makes of them."""
+    policy = Storage.named(storage)
+    for name, layer in module.named_modules():
+        format = policy.format_of(part, f"{name}.weight") if isinstance(layer, nn.Linear) else None
+        if format is None or format in AS_IS:
+            continue
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        shape = tuple(weight.shape)
+        format = effective_format(format, shape)
+        decoded = decode(encode(weight.float(), format), format, shape, weight.dtype)
+        layer.weight = nn.Parameter(decoded, requires_grad=False)
 
 
 class Placement(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.stages import plan_stages
@@ -117,6 +118,34 @@ def test_every_placement_with_loras(placement: str, monkeypatch: pytest.MonkeyPa
         pipe = managed("int8")
         pipe.load_lora(pipe.dit, LORA, -0.7)
         assert same(make(pipe, **MODES["two stages"]), expected("int8", "two stages", lora=-0.7))
+
+
+def streamed_by_phase(pipe: LTX2AudioVideoPipeline, **arguments: Any) -> dict[str, int]:
+    """Bytes per traversal that the plan of a request has; nothing runs."""
+    pipe._plan(pipe.check(asked(**arguments)), {})
+    return {plan["name"]: plan["bytes_per_traversal"] for plan in pipe.memory_report()["plan"]["phases"]}
+
+
+def test_an_in_context_lora_of_the_first_stage_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metadata state the size of the references, and it does not travel in the second stage."""
+    file = tmp_path / "union.safetensors"
+    save_file(load_file(LORA), file, {"reference_downscale_factor": "2"})
+    cleared = {**MODES["reference clips"], "in_context_downsample_factor": None}
+    kept = {**cleared, "clear_lora_before_state_two": False}
+    place(monkeypatch, Placement(slots=1, num_residents=1, in_ram=True))
+    plain = unmanaged("int8")
+    with StandIn(seed=4):
+        pipe = managed("int8")
+        bare = streamed_by_phase(pipe, **{**cleared, "in_context_downsample_factor": 2})
+        for each in (plain, pipe):
+            each.load_lora(each.dit, file, 0.8)
+        both, first = streamed_by_phase(pipe, **kept), streamed_by_phase(pipe, **cleared)
+        assert both["denoise 1"] == first["denoise 1"] > bare["denoise 1"]
+        assert both["denoise 2"] > first["denoise 2"] == bare["denoise 2"]
+        assert pipe.check(asked(**cleared)).in_context_downsample_factor == 2
+        made = make(pipe, **cleared)
+        assert same(made, make(plain, **cleared))
+        assert list(pipe.active_loras.values()) == [0.8], "the user's strength is back after the second stage"
 
 
 @pytest.mark.slow

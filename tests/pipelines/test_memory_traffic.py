@@ -9,13 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from diffsynth.lora import linear_shapes
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.progress import Progress
 from diffsynth.request import GuidanceParams
 from diffsynth.vram.plan import PhasePlan
 from diffsynth.vram.planner import HOST_BASE_BYTES, plan
 from diffsynth.vram.source import RING_BUFFERS
-from tests.pipelines.placed import SMALL, Placement, make, manager, phases, place, same
+from tests.pipelines.lora_files import random_factors, write_official
+from tests.pipelines.placed import (
+    SMALL,
+    Placement,
+    make,
+    manager,
+    phases,
+    place,
+    same,
+    smallest_limit,
+)
 from tests.pipelines.tiny import DEV, GEMMA, LORA, load
 from tests.standin import Counters, StandIn
 
@@ -87,6 +98,38 @@ def test_blocks_that_are_not_resident_come_once_per_step(
     for step in meter.steps:
         assert streamed <= step.host_to_device_bytes <= 1.02 * streamed + timesteps
         assert step.pageable_copies == 0
+
+
+def test_loras_under_a_limit(tmp_path: Path) -> None:
+    """So large ones that the device cannot hold them all: they come with their blocks, once per step."""
+    network = load(stage2_lora=None).dit
+    weights = {name: network.get_submodule(name).weight for name in linear_shapes(network)}
+    file = write_official(random_factors(weights, rank=192), tmp_path)
+    arguments = {**SMALL, "num_inference_steps": 4}
+
+    def opened(limit: int | None = None) -> LTX2AudioVideoPipeline:
+        pipe = managed(vram_limit=None if limit is None else limit / 2**30)
+        pipe.parts.prompt_cache = None
+        for alpha in (0.2, -0.1):
+            pipe.load_lora(pipe.dit, file, alpha)
+        return pipe
+
+    with StandIn():
+        roomy = opened()
+        limit = smallest_limit(roomy, **arguments)
+        wanted = make(roomy, **arguments)
+        assert limit < 2 * file.stat().st_size
+    with StandIn(capacity_bytes=limit) as device:
+        pipe, meter = opened(limit), Meter(device)
+        assert same(make(pipe, on_progress=meter, **arguments), wanted)
+        assert device.peak_bytes <= limit
+        assert pipe.memory_report()["stepped_down"] == []
+        plan = {phase["name"]: phase for phase in pipe.memory_report()["plan"]["phases"]}
+    streamed, timesteps = plan["denoise 1"]["bytes_per_traversal"], 256
+    assert streamed > file.stat().st_size
+    assert len(meter.steps) == 3
+    for step in meter.steps:
+        assert streamed <= step.host_to_device_bytes <= 1.02 * streamed + timesteps
 
 
 def test_streaming_adds_no_wait_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
