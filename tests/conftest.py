@@ -1,4 +1,5 @@
-"""Fixtures that several rooms share: the tiny model set loaded once, and laid out as downloads would be."""
+"""Fixtures that several rooms share: the tiny model set loaded once, and laid out as downloads would be; the
+command line."""
 
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from diffsynth.loader import SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.vram.cache import FOLDER_VARIABLE
+from tests.cli.command import Here
 from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3
 
 # Time limits of single examples fail on machines that are busy with something else.
@@ -76,6 +78,12 @@ def downloaded(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(model_folder))
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
     return model_folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Run the command in this process."""
+    return Here(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")
