@@ -14,7 +14,7 @@ from diffsynth.loader import SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.vram.cache import FOLDER_VARIABLE
 from tests.cli.command import Here
-from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3
+from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3, write_upscaler
 
 # Time limits of single examples fail on machines that are busy with something else.
 settings.register_profile("no deadline", deadline=None)
@@ -25,6 +25,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 LTX_2_ID = "Lightricks/LTX-2"
+LORAS = {
+    **{
+        f"LTX-2-19b-LoRA-Camera-Control-{move}": ""
+        for move in ("Dolly-In", "Dolly-Out", "Dolly-Left", "Dolly-Right", "Jib-Up", "Jib-Down", "Static")
+    },
+    "LTX-2-19b-IC-LoRA-Union-Control": "-ref0.5",
+    "LTX-2-19b-IC-LoRA-Detailer": "",
+    "LTX-2.3-22b-IC-LoRA-Union-Control": "-ref0.5",
+    "LTX-2.3-22b-IC-LoRA-Motion-Track-Control": "-ref0.5",
+}
+"""Released LoRAs in repositories of their own, and what their file's name has after that of the repository."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,21 +65,31 @@ def pipe(loaded_pipe: LTX2AudioVideoPipeline) -> Iterator[LTX2AudioVideoPipeline
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory, ltx_2_3: Path) -> Path:
     """A base folder with the tiny files under the ids and names of the released ones."""
     base = tmp_path_factory.mktemp("models")
-    gemma, ltx_2 = base / GEMMA_ID, base / LTX_2_ID
-    gemma.mkdir(parents=True)
-    ltx_2.mkdir(parents=True)
+    upscaler_2_3 = write_upscaler(
+        tmp_path_factory.mktemp("upscaler") / "x2.safetensors", spatial_upsample=True, temporal_upsample=False
+    )
+    placed = {
+        f"{LTX_2_ID}/ltx-2-19b-dev": DEV,
+        f"{LTX_2_ID}/ltx-2-19b-distilled": DEV,
+        f"{LTX_2_ID}/ltx-2-spatial-upscaler-x2-1.0": UPSCALER,
+        f"{LTX_2_ID}/ltx-2-19b-distilled-lora-384": LORA,
+        f"{LTX_2_ID}.3/ltx-2.3-22b-dev": ltx_2_3,
+        f"{LTX_2_ID}.3/ltx-2.3-22b-distilled-1.1": ltx_2_3,
+        f"{LTX_2_ID}.3/ltx-2.3-spatial-upscaler-x2-1.1": upscaler_2_3,
+        f"{LTX_2_ID}.3/ltx-2.3-22b-distilled-lora-384-1.1": LORA,
+    }
+    for name, suffix in LORAS.items():
+        placed[f"Lightricks/{name}/{name.lower()}{suffix}"] = LORA
+    for name, file in placed.items():
+        place = base / f"{name}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    (base / GEMMA_ID).mkdir(parents=True)
     for file in GEMMA.iterdir():
-        (gemma / file.name).symlink_to(file)
-    for name, file in (
-        ("ltx-2-19b-dev.safetensors", DEV),
-        ("ltx-2-19b-distilled.safetensors", DEV),
-        ("ltx-2-spatial-upscaler-x2-1.0.safetensors", UPSCALER),
-        ("ltx-2-19b-distilled-lora-384.safetensors", LORA),
-    ):
-        (ltx_2 / name).symlink_to(file)
+        (base / GEMMA_ID / file.name).symlink_to(file)
     return base
 
 
