@@ -35,7 +35,7 @@ LORAS = {
     "LTX-2.3-22b-IC-LoRA-Union-Control": "-ref0.5",
     "LTX-2.3-22b-IC-LoRA-Motion-Track-Control": "-ref0.5",
 }
-"""Released LoRAs in repositories of their own, and what their file's name has after that of the repository."""
+"""Repositories of released LoRAs, and what the name of their file has after that of the repository."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 steps, without guidance.
 """
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import FIRST_FRAME
 
 pipe = load("LTX-2", "distilled", "upscaler")
@@ -15,6 +15,6 @@ video, audio = pipe(
     use_two_stage_pipeline=True,
     use_distilled_pipeline=True,
     seed=43,
-    **size(height=1024, width=1536, num_frames=121),
+    **settings(height=1024, width=1536, num_frames=121),
 )
 save(video, audio, "ltx2_distilled_i2av.mp4")

@@ -1,6 +1,6 @@
 """Picture and text to video with sound by LTX-2 in one stage: 40 guided steps at full size."""
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import FIRST_FRAME
 
 pipe = load("LTX-2", "dev")
@@ -12,6 +12,6 @@ video, audio = pipe(
     negative_prompt=pipe.default_negative_prompt["LTX-2"],
     input_images=[FIRST_FRAME],
     seed=43,
-    **size(height=512, width=768, num_frames=121),
+    **settings(height=512, width=768, num_frames=121),
 )
 save(video, audio, "ltx2_onestage_i2av.mp4")

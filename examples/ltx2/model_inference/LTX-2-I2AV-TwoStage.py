@@ -2,7 +2,7 @@
 upscaler and 3 steps with the distilled LoRA.
 """
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import FIRST_FRAME
 
 pipe = load("LTX-2", "dev", "upscaler", "distilled-lora")
@@ -15,6 +15,6 @@ video, audio = pipe(
     input_images=[FIRST_FRAME],
     use_two_stage_pipeline=True,
     seed=43,
-    **size(height=1024, width=1536, num_frames=121),
+    **settings(height=1024, width=1536, num_frames=121),
 )
 save(video, audio, "ltx2_twostage_i2av.mp4")

@@ -2,7 +2,7 @@
 without guidance.
 """
 
-from common import load, save, size
+from common import load, save, settings
 
 pipe = load("LTX-2", "distilled", "upscaler")
 video, audio = pipe(
@@ -13,6 +13,6 @@ video, audio = pipe(
     use_two_stage_pipeline=True,
     use_distilled_pipeline=True,
     seed=43,
-    **size(height=1024, width=1536, num_frames=121),
+    **settings(height=1024, width=1536, num_frames=121),
 )
 save(video, audio, "ltx2_distilled.mp4")

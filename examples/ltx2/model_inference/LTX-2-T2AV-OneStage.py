@@ -1,6 +1,6 @@
 """Text to video with sound by LTX-2 in one stage: 40 guided steps at full size."""
 
-from common import load, save, size
+from common import load, save, settings
 
 pipe = load("LTX-2", "dev")
 video, audio = pipe(
@@ -10,6 +10,6 @@ video, audio = pipe(
     ),
     negative_prompt=pipe.default_negative_prompt["LTX-2"],
     seed=43,
-    **size(height=512, width=768, num_frames=121),
+    **settings(height=512, width=768, num_frames=121),
 )
 save(video, audio, "ltx2_onestage.mp4")

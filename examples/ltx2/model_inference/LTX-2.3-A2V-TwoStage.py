@@ -1,10 +1,10 @@
 """Sound and text to video by LTX-2.3 in two stages: the pictures follow the sound, which stays as it is."""
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import SAMPLING_RATE, tune
 
 pipe = load("LTX-2.3", "dev", "upscaler", "distilled-lora")
-shape = size(height=1024, width=1536, num_frames=121)
+chosen = settings(height=1024, width=1536, num_frames=121)
 # Instead of the tune: retake_audio="song.mp3", and audio_start_time=12.5 to begin there.
 video, audio = pipe(
     prompt=(
@@ -12,10 +12,10 @@ video, audio = pipe(
         "time to the melody while dust floats through the light."
     ),
     negative_prompt=pipe.default_negative_prompt["LTX-2.3"],
-    retake_audio=tune(shape["num_frames"] / 24),
+    retake_audio=tune(chosen),
     audio_sample_rate=SAMPLING_RATE,
     use_two_stage_pipeline=True,
     seed=43,
-    **shape,
+    **chosen,
 )
 save(video, audio, "ltx2.3_twostage_a2v.mp4")

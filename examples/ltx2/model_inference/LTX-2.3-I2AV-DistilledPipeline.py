@@ -2,7 +2,7 @@
 3 steps, without guidance.
 """
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import FIRST_FRAME
 
 pipe = load("LTX-2.3", "distilled", "upscaler")
@@ -13,9 +13,10 @@ video, audio = pipe(
         "slowly until the far shore comes into view."
     ),
     input_images=[FIRST_FRAME],
+    input_images_strength=0.9,
     use_two_stage_pipeline=True,
     use_distilled_pipeline=True,
     seed=43,
-    **size(height=1024, width=1536, num_frames=121),
+    **settings(height=1024, width=1536, num_frames=121),
 )
 save(video, audio, "ltx2.3_distilled_i2av.mp4")

@@ -1,6 +1,6 @@
 """LTX-2.3 in two stages finds the way between pictures: each guides as a keyframe, the last at frame -1."""
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import closer
 
 pipe = load("LTX-2.3", "dev", "upscaler", "distilled-lora")
@@ -16,6 +16,6 @@ video, audio = pipe(
     input_images_as_keyframes=True,
     use_two_stage_pipeline=True,
     seed=43,
-    **size(height=1024, width=1536, num_frames=121),
+    **settings(height=1024, width=1536, num_frames=121),
 )
 save(video, audio, "ltx2.3_keyframes.mp4")

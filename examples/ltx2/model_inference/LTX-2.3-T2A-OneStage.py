@@ -1,6 +1,6 @@
 """Text to sound alone by LTX-2.3, as long as a video of so many frames would be."""
 
-from common import load, save, size
+from common import load, save, settings
 
 pipe = load("LTX-2.3", "dev")
 video, audio = pipe(
@@ -11,6 +11,6 @@ video, audio = pipe(
     negative_prompt=pipe.default_negative_prompt["LTX-2.3"],
     audio_only=True,
     seed=43,
-    **size(height=512, width=768, num_frames=121),
+    **settings(height=512, width=768, num_frames=121),
 )
 save(video, audio, "ltx2.3_sound.wav")

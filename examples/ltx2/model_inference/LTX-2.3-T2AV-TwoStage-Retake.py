@@ -2,11 +2,11 @@
 the rest.
 """
 
-from common import load, save, size
+from common import load, save, settings
 from inputs import SAMPLING_RATE, clip, tune
 
 pipe = load("LTX-2.3", "dev", "upscaler", "distilled-lora")
-shape = size(height=1024, width=1536, num_frames=121)
+chosen = settings(height=1024, width=1536, num_frames=121)
 # Instead of what is drawn here: retake_video="clip.mp4", retake_audio="clip.mp4".
 video, audio = pipe(
     prompt=(
@@ -14,13 +14,13 @@ video, audio = pipe(
         "back with a splash."
     ),
     negative_prompt=pipe.default_negative_prompt["LTX-2.3"],
-    retake_video=clip(**shape),
+    retake_video=clip(chosen),
     retake_video_regions=[(1.0, 2.0)],
-    retake_audio=tune(shape["num_frames"] / 24),
+    retake_audio=tune(chosen),
     audio_sample_rate=SAMPLING_RATE,
     retake_audio_regions=[(0.5, 1.5)],
     use_two_stage_pipeline=True,
     seed=43,
-    **shape,
+    **chosen,
 )
 save(video, audio, "ltx2.3_twostage_retake.mp4")

@@ -1,6 +1,6 @@
 """What the scripts of the camera LoRAs share: LTX-2 in two stages, in which the LoRA moves the camera."""
 
-from common import load, lora, save, size
+from common import load, lora, save, settings
 
 
 def film(move: str, prompt: str) -> None:
@@ -13,6 +13,6 @@ def film(move: str, prompt: str) -> None:
         negative_prompt=pipe.default_negative_prompt["LTX-2"],
         use_two_stage_pipeline=True,
         seed=43,
-        **size(height=1024, width=1536, num_frames=121),
+        **settings(height=1024, width=1536, num_frames=121),
     )
     save(video, audio, f"ltx2_camera_{move.lower().replace('-', '_')}.mp4")

@@ -1,8 +1,8 @@
-"""What the scripts of this folder share: the files of each model, memory, sizes, and how a result is saved.
+"""What the scripts of this folder share: the files of each model, memory, options, and how a result is saved.
 
 Every script takes the same options, for a try at a smaller size or on a smaller machine:
 
-    python LTX-2-T2AV-OneStage.py --height 256 --width 384 --num-frames 49 --vram-limit 8gb --host-limit 24
+    python LTX-2-T2AV-OneStage.py --height 256 --width 384 --num-frames 49 --vram-limit 8gb
 """
 
 import argparse
@@ -62,10 +62,18 @@ def lora(name: str, suffix: str = "") -> ModelConfig:
     )
 
 
-def size(height: int, width: int, num_frames: int) -> dict[str, int]:
-    """Size and length of the video, unless the command line says otherwise."""
-    asked = {"height": height, "width": width, "num_frames": num_frames}
-    return {name: getattr(_options(), name) or value for name, value in asked.items()}
+def settings(
+    height: int, width: int, num_frames: int, num_inference_steps: int | None = None
+) -> dict[str, int]:
+    """Size and length of the video and the steps, unless the command line says otherwise."""
+    said = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+    }
+    chosen = {name: getattr(_options(), name) or value for name, value in said.items()}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def save(video: list[Image.Image] | None, audio: torch.Tensor | None, name: str) -> None:
@@ -93,7 +101,7 @@ def _memory() -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    for name in ("height", "width", "num-frames"):
+    for name in ("height", "width", "num-frames", "num-inference-steps"):
         parser.add_argument(f"--{name}", type=int, help="instead of what the script says")
     parser.add_argument("--output", help="the file to write")
     parser.add_argument("--vram-limit", type=_number_or_name, help="GB of device memory, or such as 8gb")
