@@ -66,14 +66,9 @@ def settings(
     height: int, width: int, num_frames: int, num_inference_steps: int | None = None
 ) -> dict[str, int]:
     """Size and length of the video and the steps, unless the command line says otherwise."""
-    said = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "num_inference_steps": num_inference_steps,
-    }
-    chosen = {name: getattr(_options(), name) or value for name, value in said.items()}
-    return {name: value for name, value in chosen.items() if value is not None}
+    said = dict(locals())
+    asked = {name: getattr(_options(), name) for name in said}
+    return {n: v for values in (said, asked) for n, v in values.items() if v is not None}
 
 
 def save(video: list[Image.Image] | None, audio: torch.Tensor | None, name: str) -> None:
@@ -89,14 +84,13 @@ def save(video: list[Image.Image] | None, audio: torch.Tensor | None, name: str)
 
 
 def _memory() -> dict[str, Any]:
-    """The limits of the command line; without any, all of the card that is free, with weights in bf16."""
-    options = _options()
-    given = {name: getattr(options, name) for name in ("vram_limit", "host_limit", "storage")}
-    if any(given.values()):
-        return given
+    """The limits of the command line; without ``--vram-limit`` all that a card has free, in bf16."""
+    names = ("vram_limit", "host_limit", "storage")
+    given = {name: value for name in names if (value := getattr(_options(), name)) is not None}
     device = best_device()
-    is_card = device.type != "cpu" and backend_for(device).memory().free is not None
-    return {"vram_limit": "auto", "storage": "bf16"} if is_card else {}
+    if "vram_limit" in given or device.type == "cpu" or backend_for(device).memory().free is None:
+        return given
+    return {"vram_limit": "auto", "storage": "bf16", **given}
 
 
 def _options() -> argparse.Namespace:
