@@ -230,6 +230,14 @@ def test_low_vram_scripts_state_their_limits(name: str) -> None:
     assert 'run(__file__, vram_limit="8gb", host_limit=24)' in text
 
 
+def test_files_of_the_readme_are_those_of_the_scripts() -> None:
+    files = runpy.run_path(str(FOLDER / "common.py"))["FILES"]
+    for name in ("dev", "distilled", "upscaler", "distilled LoRA"):
+        (row,) = re.findall(rf"^\| {name} \|(.*)\|$", README, re.M)
+        stems = [Path(files[model][name.lower().replace(" ", "-")]).stem for model in ("LTX-2", "LTX-2.3")]
+        assert re.findall(r"`([^`]+)`", row) == stems
+
+
 def test_given_files_are_small() -> None:
     files = [path for path in EXAMPLES.rglob("*") if path.suffix not in {".py", ".pyc", ".md"}]
     assert sum(path.stat().st_size for path in files if path.is_file()) < 200_000
@@ -238,7 +246,7 @@ def test_given_files_are_small() -> None:
 
 
 @pytest.mark.parametrize("num_frames", [1, 9, 121])
-def test_drawn_inputs(num_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_inputs(num_frames: int) -> None:
     """Clips of the asked size and length whose pictures differ; a tune as long as the video."""
     inputs = runpy.run_path(str(FOLDER / "inputs.py"))
     settings = {"height": 64, "width": 96, "num_frames": num_frames, "num_inference_steps": 2}
