@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffsynth.cli import main
+from diffsynth.utils.audio import read_audio
+from diffsynth.utils.images import read_video
+from diffsynth.utils.metadata import read_request
 from tests.pipelines.tiny import DEV, GEMMA
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,19 @@ def run(*given: str, cwd: Path) -> Ended:
         [*arguments(), *given], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def same_video(first: Path, second: Path) -> bool:
+    """Whether two files show the same pictures with the same sound and say that the same request made them.
+
+    For equal pictures the H.264 encoder rarely takes another decision in one block, and what follows it in
+    its picture differs by a few levels; other noise differs by dozens everywhere.
+    """
+    pictures = [read_video(path).frames.float() for path in (first, second)]
+    sounds = [read_audio(path).samples for path in (first, second)]
+    if pictures[0].shape != pictures[1].shape or read_request(first) != read_request(second):
+        return False
+    return torch.equal(*sounds) and float((pictures[0] - pictures[1]).abs().mean()) < 0.5
 
 
 class Here:
