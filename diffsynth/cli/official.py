@@ -10,10 +10,11 @@ Source: the options of official ltx-pipelines 1.0.0, ``--streaming-prefetch-coun
 """
 
 import logging
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from diffsynth.cli.official_options import (
     AUDIO_GUIDANCE,
@@ -34,6 +35,7 @@ from diffsynth.cli.official_options import (
     VIDEO_GUIDANCE,
     Help,
     Option,
+    Parser,
     add_machine_options,
     machine_options,
 )
@@ -45,9 +47,26 @@ from diffsynth.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Arguments = dict[str, Any]
 """Of a :class:`~diffsynth.request.GenerateRequest`."""
 _STORAGES: Mapping[str, str] = {"fp8-cast": "e4m3", "fp8-scaled-mm": "fp8"}
+_OPTION_OF: Mapping[str, str] = {
+    "input_images": "image",
+    "input_images_indexes": "image",
+    "input_images_strength": "image",
+    "input_images_crf": "image",
+    "retake_audio": "audio_path",
+    "in_context_videos": "video_conditioning",
+    "in_context_strength": "video_conditioning",
+    "in_context_attention_mask": "conditioning_attention_mask",
+    "in_context_attention_strength": "conditioning_attention_mask",
+    "retake_video": "video_path",
+    "retake_video_regions": "start_time",
+    "stage1_lora_strength": "distilled_lora_strength_stage_1",
+    "stage2_lora_strength": "distilled_lora_strength_stage_2",
+}
+"""Field of a request -> name of the official option that fills it, where it is another."""
 _RETAKE_STEPS = 40
 _RETAKE_SEED = 42
 
@@ -66,7 +85,7 @@ class Pipeline:
     def parser(self) -> ArgumentParser:
         """Reads its options."""
         presets = [self.preset] if self.preset else list(OFFICIAL_PRESETS.values())
-        parser = ArgumentParser(
+        parser = Parser(
             prog=f"diffsynth {self.name}",
             description=self.text,
             formatter_class=Help,
@@ -106,6 +125,8 @@ def run(name: str, words_given: Sequence[str]) -> None:
     given = pipeline.parser().parse_args(list(words_given))
     try:
         _run(pipeline, given)
+    except RequestError as error:
+        raise RequestError(_as_typed(error.message, pipeline), hint=error.hint) from error
     except KeyboardInterrupt as error:
         raise Cancelled("cancelled; nothing half-written was left") from error
 
@@ -124,6 +145,16 @@ def _run(pipeline: Pipeline, given: Namespace) -> None:
         machine=machine_options(given, _storage(given)),
     )
     run(request=request, models=models, output=given.output_path, quiet=given.quiet, stats=given.stats)
+
+
+def _as_typed(message: str, pipeline: Pipeline) -> str:
+    """The message with the option that was typed for the field that it begins with."""
+    field = re.split(r"\W", message, maxsplit=1)[0]
+    flags = {option.name: option.flag for option in pipeline.options}
+    if field in flags:
+        return flags[field] + message.removeprefix(field)
+    flag = flags.get(_OPTION_OF.get(field, ""))
+    return message if flag is None else f"{flag}: {message}"
 
 
 def _for_blocks(preset: Preset, num_blocks: int, given: Namespace) -> Preset:
@@ -180,17 +211,22 @@ def _common(given: Namespace, preset: Preset) -> Arguments:
     return {
         "prompt": given.prompt,
         "enhance_prompt": given.enhance_prompt,
-        "seed": preset.seed if given.seed is None else given.seed,
-        "num_frames": given.num_frames or preset.num_frames,
-        "frame_rate": given.frame_rate or preset.frame_rate,
+        "seed": _given(given.seed, preset.seed),
+        "num_frames": _given(given.num_frames, preset.num_frames),
+        "frame_rate": _given(given.frame_rate, preset.frame_rate),
         "fit": given.fit,
     }
 
 
+def _given(value: T | None, default: T) -> T:
+    """What was typed, be it 0, which is refused where it cannot work."""
+    return default if value is None else value
+
+
 def _size(given: Namespace, preset: Preset, stages: int) -> Arguments:
     return {
-        "height": given.height or stages * preset.height,
-        "width": given.width or stages * preset.width,
+        "height": _given(given.height, stages * preset.height),
+        "width": _given(given.width, stages * preset.width),
         "use_two_stage_pipeline": stages == 2,
     }
 
@@ -211,10 +247,9 @@ def _images(given: Namespace) -> Arguments:
 
 
 def _guided(given: Namespace, preset: Preset) -> Arguments:
-    negative = given.negative_prompt
     return {
-        "negative_prompt": NEGATIVE_PROMPT if negative is None else negative,
-        "num_inference_steps": given.num_inference_steps or preset.num_inference_steps,
+        "negative_prompt": _given(given.negative_prompt, NEGATIVE_PROMPT),
+        "num_inference_steps": _given(given.num_inference_steps, preset.num_inference_steps),
         "video_guidance": _guidance(given, "video", preset.video_guidance),
         "audio_guidance": _guidance(given, "audio", preset.audio_guidance),
     }

@@ -5,10 +5,11 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from diffsynth.cli import machine
 from diffsynth.cli.machine import DEFAULT_DTYPE, MachineOptions
+from diffsynth.errors import RequestError
 from diffsynth.pipelines.presets import HQ_LORA_STRENGTHS, Preset
 
 Words = tuple[Any, ...]
@@ -38,6 +39,24 @@ class Option:
             values = dict.fromkeys(_shown(self.of_preset(preset, stages)) for preset in presets)
             text += f" ({', or with LTX-2.3 '.join(values)})"
         parser.add_argument(self.flag, help=text, **self.how)
+
+
+LATER: Mapping[str, str] = {
+    "--offload": "--vram-limit auto, which brings the weights block by block",
+    "--max-batch-size": "leave it out: all passes of a step share one way through the weights",
+    "--compile": "leave it out: nothing is compiled",
+}
+"""Options of later official versions -> what does their work here."""
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong in one line instead of below all options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it with the way out and end with the exit code of a wrong request."""
+        known = next((flag for flag in LATER if flag in message.replace("=", " ").split()), None)
+        way_out = f"{self.prog} --help" if known is None else LATER[known]
+        self.exit(RequestError.exit_code, f"{self.prog}: {message}  Try: {way_out}\n")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -10,6 +10,7 @@ import typer
 
 from diffsynth.errors import RequestError
 from diffsynth.request import GenerateRequest, GuidanceParams, Region
+from diffsynth.validation import freeze
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Mode": ("use_two_stage_pipeline", "use_distilled_pipeline", "audio_only", "conventions"),
@@ -138,14 +139,19 @@ def _parse(field: Field[Any], value: Any) -> Any:
 
 
 def _guidance(name: str, text: str) -> GuidanceParams:
+    option = f"--{name.replace('_', '-')}"
+    hint = """'{"cfg_scale": 3, "rescale_scale": 0.7}'"""
     try:
         values = json.loads(text)
-        frozen: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return GuidanceParams(**frozen)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RequestError(
-            f"--{name.replace('_', '-')}: {error}", hint="""'{"cfg_scale": 3, "rescale_scale": 0.7}'"""
-        ) from error
+    except ValueError as error:
+        raise RequestError(f"{option}: {error}", hint=hint) from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{option}: {text} is no JSON object", hint=hint)
+    known = [field.name for field in fields(GuidanceParams)]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise RequestError(f"{option}: {', '.join(unknown)} not known", hint=", ".join(known))
+    return GuidanceParams(**{key: freeze(value) for key, value in values.items()})
 
 
 def _region(name: str, text: str) -> tuple[float, float]:

@@ -199,15 +199,18 @@ def _show(found: "Plan", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("phase")
-    for name in ("VRAM GB", "RAM GB", "seconds", "steps", "resident", "in RAM", "per step GB"):
-        table.add_column(name, justify="right")
-    table.add_column("waits for")
-    table.add_column("settings")
+    typer.echo(title)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+    table.add_column("phase", no_wrap=True)
+    for name in ("VRAM GB", "RAM GB", "seconds", "steps", "resident", "in RAM", "GB/step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("waits for", no_wrap=True)
     for phase in found.phases:
         table.add_row(*_row(phase))
     Console().print(table)
+    for phase in found.phases:
+        if phase.settings.get("tile_size_in_pixels") is not None:
+            typer.echo(f"{phase.name}: {_tiles(phase.settings)}")
     typer.echo(
         f"peak {_gb(found.peak_vram_bytes)} GB of device memory and {_gb(found.peak_host_bytes)} GB of host "
         f"memory; {found.seconds:.0f} s, of which {found.load_s:.0f} s reading weights"
@@ -227,14 +230,11 @@ def _row(phase: "PhasePlan") -> tuple[str, ...]:
         f"{len(phase.ram_blocks)}/{blocks}" if blocks else "",
         _gb(phase.bytes_per_traversal),
         phase.bound,
-        _settings(phase.settings),
     )
 
 
-def _settings(settings: Mapping[str, int | None]) -> str:
-    """Tiles, size over overlap."""
-    if settings.get("tile_size_in_pixels") is None:
-        return ""
+def _tiles(settings: Mapping[str, int | None]) -> str:
+    """Size over overlap."""
     tiles = [
         settings[f"tile_{what}_in_{unit}"] for unit in ("pixels", "frames") for what in ("size", "overlap")
     ]

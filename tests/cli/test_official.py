@@ -124,6 +124,8 @@ def test_options_of_several_words() -> None:
         (("--lora",), "--lora: nothing is not PATH [STRENGTH]"),
         (("--heigth", "64"), "unrecognized arguments: --heigth"),
         (("--seed", "x"), "--seed"),
+        (("--offload", "cpu"), "Try: --vram-limit auto"),
+        (("--max-batch-size=4",), "Try: leave it out"),
     ],
 )
 def test_options_that_cannot_be_read(
@@ -132,7 +134,32 @@ def test_options_that_cannot_be_read(
     with pytest.raises(SystemExit) as ended:
         request("ti2vid_one_stage", *given)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert "Try: " in line
+
+
+@pytest.mark.parametrize("flag", ["--num-frames", "--height", "--frame-rate", "--num-inference-steps"])
+def test_zero_is_no_default(flag: str) -> None:
+    with pytest.raises(RequestError, match="=0"):
+        request("ti2vid_one_stage", flag, "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--width", "70"), "diffsynth: --width=70 is not a multiple of 32"),
+        (("--image", "no.png", "0", "1"), "diffsynth: --image: input_images: no.png cannot be read"),
+        (("--image", PICTURE, "0", "2"), "diffsynth: --image: input_images_strength=2.0 is outside 0..1"),
+        (("--output-path", ""), "diffsynth: --output-path=. does not end in .mp4  Try: video.mp4"),
+    ],
+)
+def test_errors_name_the_option_that_was_typed(
+    given: tuple[str, ...], message: str, here: Here, tmp_path: Path
+) -> None:
+    done = here(*typed("ti2vid_one_stage", tmp_path / "a.mp4", *SIZE, *GUIDANCE, *SOUND, *given))
+    assert done.code == 2
+    assert done.err.startswith(message)
 
 
 def test_help_teaches(here: Here) -> None:

@@ -142,6 +142,7 @@ def test_guidance() -> None:
         ("--video-guidance", "{3}"),
         ("--video-guidance", "3"),
         ("--audio-guidance", '{"cfg": 3}'),
+        ("--audio-guidance", "[3]"),
         ("--retake-video-regions", "1-2"),
         ("--retake-audio-regions", "one:two"),
     ],

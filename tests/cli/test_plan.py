@@ -46,8 +46,9 @@ def test_a_table_names_every_phase_and_the_totals() -> None:
     printed = run("--gpu", "RTX 4060 8GB", "--mode", "two-stage", "--model", "ltx-2", "--host-limit", "32")
     assert "ltx-2 two-stage 768x512x121, int8, RTX 4060 8GB: predicted" in printed
     for phase in ("text", "connectors", "denoise 1", "upsample", "denoise 2", "decode video", "decode audio"):
-        assert f" {phase} " in printed
-    assert "tiles 512/128 px, 128/24 frames" in printed
+        assert f"\n{phase} " in printed
+    assert all(len(line) <= 80 for line in printed.splitlines()[1:9])
+    assert "decode video: tiles 512/128 px, 128/24 frames" in printed
     assert "GB of device memory and" in printed
     assert "the first start converts the weights: 4.7 GB of host memory" in printed
 
