@@ -142,10 +142,10 @@ def decode(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="checkpoint, LoRA, upsampler or generated video")],
+    file: Annotated[Path, typer.Argument(help="checkpoint, LoRA, upsampler, or generated video or sound")],
     json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Say what a file holds: networks, variant, parameters and dtypes; or the request that made a video."""
+    """Say what a file holds: networks, variant, parameters and dtypes; or the request that made a result."""
     from diffsynth.cli.inspect import run
 
     run(file, as_json=json)

@@ -35,11 +35,13 @@ DISTILLED_LORA_STRENGTH = 0.8
 
 _IN_BYTES: Mapping[str, Any] = {"unit": "B", "unit_scale": True}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_STRENGTH = re.compile(r"(?P<file>.+)=(?P<strength>-?\d*\.?\d+)")
 _DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
 }
 
 
@@ -221,6 +223,17 @@ def _tokenizer(gemma: str) -> ModelConfig:
 
 
 def with_strength(name: str, default: float = 1.0) -> tuple[str, float]:
-    """``FILE`` or ``FILE=STRENGTH``."""
-    match = None if Path(name).exists() else _STRENGTH.fullmatch(name)
-    return (match["file"], float(match["strength"])) if match else (name, default)
+    """``FILE`` or ``FILE=STRENGTH``.
+
+    Raises:
+        RequestError: the strength is no number.
+    """
+    file, equals, strength = name.rpartition("=")
+    if not equals or Path(name).exists():
+        return name, default
+    try:
+        return file, float(strength)
+    except ValueError as error:
+        if not Path(file).exists():
+            return name, default
+        raise RequestError(f"{name}: the strength {strength!r} is no number", hint=f"{file}=1.0") from error

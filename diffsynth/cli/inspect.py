@@ -9,25 +9,25 @@ import typer
 
 from diffsynth.errors import CheckpointError, RequestError
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm"})
+MEDIA_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wav", ".flac"})
 
 
 def run(file: Path, *, as_json: bool) -> None:
-    """Print a report on a checkpoint, a LoRA, an upsampler or a generated video.
+    """Print a report on a checkpoint, a LoRA, an upsampler, or a generated video or sound.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of no known kind; a video without a request.
+        CheckpointError: the file is missing, damaged or of no known kind; a video or sound without a request.
     """
     if not file.exists():
         raise CheckpointError(f"{file}: no such file", hint="check the path")
-    report = _video(file) if file.suffix.lower() in VIDEO_SUFFIXES else _weights(file)
+    report = _media(file) if file.suffix.lower() in MEDIA_SUFFIXES else _weights(file)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
         return
     _print(report)
 
 
-def _video(file: Path) -> dict[str, Any]:
+def _media(file: Path) -> dict[str, Any]:
     from diffsynth.utils.media_io_ltx2 import read_request
 
     try:
@@ -35,7 +35,7 @@ def _video(file: Path) -> dict[str, Any]:
     except RequestError as error:  # it names an argument of a request, and here it is a damaged file
         raise CheckpointError(error.message, hint=error.hint) from error
     if record is None:
-        raise CheckpointError(f"{file} carries no request", hint="only videos that diffsynth wrote do")
+        raise CheckpointError(f"{file} carries no request", hint="only files that diffsynth wrote do")
     return dict(record)
 
 
@@ -66,8 +66,10 @@ def _weights(file: Path) -> dict[str, Any]:
 
 def _print(report: Mapping[str, Any], indent: str = "") -> None:
     for key, value in report.items():
+        if value in (None, "", [], (), {}):
+            continue
         if isinstance(value, Mapping):
             typer.echo(f"{indent}{key}:")
             _print(value, indent + "  ")
-        elif value not in (None, "", [], ()):
+        else:
             typer.echo(f"{indent}{key}: {value}")

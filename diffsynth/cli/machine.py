@@ -80,8 +80,8 @@ class MachineOptions:
 
 
 def _number(text: str | None) -> float | str | None:
-    """GB when it is a number, else the text."""
+    """GB when it is a number, else the text in the form in which cards are named."""
     try:
         return None if text is None else float(text)
     except ValueError:
-        return text
+        return text.lower().replace(" ", "") if text else text

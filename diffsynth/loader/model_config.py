@@ -200,7 +200,8 @@ class ModelConfig:
         for path in paths:
             if not path.exists():
                 raise CheckpointError(
-                    f"path: {path} does not exist", hint="check the name, or give model_id to fetch it"
+                    f"path: {path} does not exist",
+                    hint="check the name, or give model_id to fetch it (MODEL_ID:FILE_PATTERN)",
                 )
         return paths
 

@@ -210,8 +210,10 @@ class SafetensorsFile:
         _refuse_by_content(self.path, start)
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
+            # Deleting is no advice for a file that may be something else.
             raise CheckpointError(
-                f"{self.path}: not a safetensors file, or cut off in its header", hint=_AGAIN
+                f"{self.path}: not a safetensors file, or cut off in its header",
+                hint="the .safetensors file of the model, fetched again if this is it",
             )
         text = start[8 : 8 + length] + _exactly(descriptor, max(0, 8 + length - len(start)))
         self.bytes_read += max(len(start), 8 + length)

@@ -91,8 +91,11 @@ class OpenedModels:
     def load(self, device: torch.device, dtype: torch.dtype) -> Assembly:
         """Read all weights."""
 
+        for name in dict.fromkeys(weights.files.name for weights in self.networks.values()):
+            own = [PART_OF[kind] for kind, weights in self.networks.items() if weights.files.name == name]
+            logger.info("%s: %s", name, ", ".join(own))
+
         def read(kind: NetworkKind, weights: NetworkWeights) -> nn.Module:
-            logger.info("%s: %s", PART_OF[kind], weights.files.name)
             return load_network(kind, weights.files, dtype=dtype, device=device)
 
         return self._assemble(device, dtype, read)
@@ -192,7 +195,8 @@ def _locate(kind: NetworkKind, files: WeightFiles) -> NetworkWeights:
     if kind not in PART_OF:
         raise CheckpointError(
             f"{files.name} is a LoRA, not a model",
-            hint="pipe.load_lora(pipe.dit, path), or stage2_lora_config for the distilled LoRA",
+            hint="pipe.load_lora(pipe.dit, path) (--lora), or stage2_lora_config (--distilled-lora) for the "
+            "distilled LoRA",
         )
     return find_network(kind, files)
 

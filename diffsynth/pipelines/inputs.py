@@ -15,7 +15,7 @@ from diffsynth.models.ltx2.mel import MelConfig, prepare_waveform
 from diffsynth.request import TEMPORAL_STEP, GenerateRequest
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.images import load_image, probe_video
-from diffsynth.utils.media_io_ltx2 import read_audio, read_video
+from diffsynth.utils.media_io_ltx2 import AUDIBLE_S, read_audio, read_video
 
 logger = logging.getLogger(__name__)
 
@@ -275,9 +275,10 @@ def _sound(value: Sound, request: GenerateRequest) -> Waveform:
         raise RequestError("retake_audio holds samples that are not finite", hint="numbers in [-1, 1]")
     if not sound.samples.any():
         logger.warning("retake_audio is silent: there is nothing in it that the video could follow")
-    if sound.duration_s > video_s:
+    unheard_s = max(1 / request.frame_rate, AUDIBLE_S)
+    if sound.duration_s - video_s > unheard_s:
         logger.warning("retake_audio goes on after the video, which lasts %.3f s: it is cut there", video_s)
-    elif video_s - sound.duration_s > 1 / request.frame_rate:
+    elif video_s - sound.duration_s > unheard_s:
         logger.warning(
             "retake_audio ends after %.3f s, the video after %.3f s: silence follows",
             sound.duration_s,

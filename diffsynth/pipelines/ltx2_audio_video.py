@@ -160,7 +160,8 @@ class LTX2AudioVideoPipeline:
         target = resolve_device(device)
         check_finite("stage2_lora_strength", stage2_lora_strength)
         for source, alpha in loras:
-            check_finite(f"loras: the strength of {source}", alpha)
+            named = source.path or source.model_id if isinstance(source, ModelConfig) else source
+            check_finite(f"loras: the strength of {named}", alpha)
         check_states(model_configs, target, torch_dtype)
         if networks is None or "text_encoder" in networks:
             tokenizer_config = tokenizer_config or ModelConfig(model_id=GEMMA_ID)
@@ -352,6 +353,7 @@ class LTX2AudioVideoPipeline:
         request = request.validate()
         fitted = fit_request(request) if inputs is None else fit_request(request, **inputs.clips())
         request = self.check(fitted)
+        _tell_unused(request)
         inputs = inputs_by_path(request) if inputs is None else inputs
         inputs.check(request)
         inputs = inputs.cut(request.num_frames)
@@ -481,10 +483,6 @@ class LTX2AudioVideoPipeline:
                 f"{self._assembly.sources['dit']} is a distilled checkpoint, but guidance is asked for",
                 hint="use_distilled_pipeline=True, or cfg_scale=1, or a dev checkpoint",
             )
-        if request.use_distilled_pipeline and request.num_inference_steps is not None:
-            logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
-        if not request.prompt.strip():
-            logger.warning("the prompt is empty: the model chooses what to show")
         self.parts.require(_needs(self._units(request, stages)))
         return request
 
@@ -554,6 +552,16 @@ class LTX2AudioVideoPipeline:
             "request": request.to_dict(),
             **({} if enhanced_prompt is None else {"enhanced_prompt": enhanced_prompt}),
         }
+
+
+def _tell_unused(request: GenerateRequest) -> None:
+    """What is allowed, but may not be what was meant."""
+    if not request.prompt.strip():
+        logger.warning("the prompt is empty: the model chooses what to show")
+    if request.use_distilled_pipeline and request.num_inference_steps is not None:
+        logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
+    if request.negative_prompt not in ("", NEGATIVE_PROMPT) and not guided(request):
+        logger.warning("negative_prompt is not used: there is no guidance")
 
 
 def _needs(units: Iterable[Unit]) -> list[str]:

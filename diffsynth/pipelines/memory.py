@@ -106,6 +106,8 @@ class ManagedMemory:
         self._plan = Plan(phases=())
         self._figures: list[PhaseFigures] = []
         self._stepped_down: list[str] = []
+        self._told = ""
+        """The last plan in words."""
         self._phase: str | None = None
         """The one that is on, or that an error ended."""
 
@@ -208,7 +210,10 @@ class ManagedMemory:
         packed = frozenset(filter(self._weights.is_packed, planned_parts(found)))
         self._plan = with_conversion(found, self._sizes, budget, packed=packed)
         self._figures, self._stepped_down, self._phase = [], [], None
-        logger.info("%s", _summary(self._plan, budget))
+        summary = _summary(self._plan, budget)
+        if summary != self._told:  # it is planned before weights are read, and again for each run
+            logger.info("%s", summary)
+        self._told = summary
 
     def _smaller(self, name: str, used: int) -> PhasePlan:
         """A plan of a phase that takes less than ``used``: what is there, or clearly less, or at least less.

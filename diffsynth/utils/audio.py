@@ -16,6 +16,7 @@ from av.audio.stream import AudioStream
 from torch import Tensor
 
 from diffsynth.errors import RequestError
+from diffsynth.utils.files import unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def read_audio(
             frames = list(_overlapping(container.decode(stream), begin_s, end_s))
             rate = stream.sample_rate
     except (av.FFmpegError, OSError) as error:
-        raise RequestError(f"{argument}={path} cannot be read: {error}", hint="another file") from error
+        raise unreadable(argument, path, error) from error
     if not frames:
         raise RequestError(f"{argument}={path} has no sound at {start_s} s", hint="an earlier start")
     first_s = begin_s if frames[0].time is None else float(frames[0].time)

@@ -31,7 +31,7 @@ def check_audio_path(path: str | Path) -> Path:
     if path.suffix.lower() not in CODECS:
         raise RequestError(
             f"{_ARGUMENT}={path} is no name for sound alone",
-            hint=" or ".join(path.stem + suffix for suffix in CODECS),
+            hint=" or ".join((path.stem or "sound") + suffix for suffix in CODECS),
         )
     return check_writable(path, argument=_ARGUMENT)
 

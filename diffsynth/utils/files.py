@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffsynth.errors import OutputError
+from diffsynth.errors import OutputError, RequestError
 
 _NAME_SHOWN = 80
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -79,6 +79,17 @@ def output_error(path: str | Path, error: OSError, *, argument: str = "") -> Out
     }
     hint = hints.get(error.errno or 0, "another folder")
     return OutputError(f"{_label(path, argument)} could not be written: {reason}", hint=hint)
+
+
+def unreadable(argument: str, path: str | Path, error: Exception) -> RequestError:
+    """The error for the user when the file that was given as ``argument`` could not be read."""
+    hint = "check the path" if isinstance(error, FileNotFoundError) else "another file"
+    return RequestError(f"{argument}={path} cannot be read: {reason_of(error)}", hint=hint)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without its number and the path, which stand beside it."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _label(path: str | Path, argument: str) -> str:

@@ -26,11 +26,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffsynth.errors import RequestError
+from diffsynth.utils.files import reason_of, unreadable
 
 FitMode = Literal["crop", "stretch"]
 """crop: fill the size, cut what is over (the official rule); stretch: the aspect ratio is lost."""
 
 MAX_CRF = 51
+MIN_SIZE_PX = 2
+"""The smallest that H.264 can take."""
 
 BT709 = 1
 """The code of BT.709 for matrix, primaries and transfer in H.264."""
@@ -42,37 +45,41 @@ def load_image(source: str | Path | Image.Image, *, argument: str = "image") -> 
     Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        RequestError: no such file, or not a picture; the message begins with ``argument``.
+        RequestError: no such file, not a picture, or one under 2 x 2; the message begins with ``argument``.
     """
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(source))
-        with Image.open(source) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            picture = _to_rgb(ImageOps.exif_transpose(source))
+        else:
+            with Image.open(source) as image:
+                image.load()
+                picture = _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise RequestError(
-            f"{argument}: {source} cannot be read as a picture: {error}", hint="a PNG or JPEG file"
+            f"{argument}: {source} cannot be read as a picture: {reason_of(error)}",
+            hint="check the path" if isinstance(error, FileNotFoundError) else "a PNG or JPEG file",
         ) from error
+    if min(picture.size) < MIN_SIZE_PX:
+        size = f"{picture.width}x{picture.height}"
+        raise RequestError(f"{argument}: a picture of {size} is too small", hint="2x2 or more")
+    return picture
 
 
 def compress_round_trip(image: Image.Image, crf: int) -> Image.Image:
     """The picture as it looks after H.264 at its own size: the model knows stills only as frames of videos.
 
     Args:
-        image: RGB.  An odd last row or column is dropped.
+        image: RGB, 2 x 2 or more.  An odd last row or column is dropped.
         crf: quality, 0..51, larger is worse; 0 returns the picture as it is.
 
     Returns: RGB, even width and height.  The exact values depend on the build of libx264.
-    Raises RequestError for another ``crf`` and for pictures under 2 x 2.
+    Raises RequestError for another ``crf``.
     """
     if not 0 <= crf <= MAX_CRF:
         raise RequestError(f"crf={crf} is outside 0..{MAX_CRF}", hint="33, or 0 for no compression")
     if crf == 0:
         return image
     width, height = image.width // 2 * 2, image.height // 2 * 2
-    if not width or not height:
-        raise RequestError(f"a picture of {image.width}x{image.height} is too small", hint="2x2 or more")
     even = np.asarray(image.convert("RGB"))[:height, :width]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -231,6 +238,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # PIL clips 16-bit grey at 255 instead of scaling it.
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("float values, of which PIL does not tell the range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     # A copy, so that nothing depends on a file that is closed.
@@ -261,7 +270,7 @@ def _opened(path: str | Path, argument: str) -> Iterator[tuple[InputContainer, V
             stream.thread_type = "AUTO"
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise RequestError(f"{argument}={path} cannot be read: {error}", hint="another file") from error
+        raise unreadable(argument, path, error) from error
 
 
 def _rgb(frame: VideoFrame) -> np.ndarray:

@@ -57,6 +57,9 @@ SUFFIX = ".mp4"
 ARGUMENT = "output_path"
 DEFAULT_VIDEO_QUALITY = 8.0
 MAX_FPS = 1000
+AUDIBLE_S = 0.1
+"""A sound that differs from its video by less needs no words: models make it in steps of 40 ms and leave out
+the last 30 ms, AAC pads its last packet."""
 _AAC_FRAME = 1024
 _AAC_MAX_BITS = 6144
 """An AAC frame holds 1024 samples in at most so many bits per channel."""
@@ -139,7 +142,8 @@ def check_output_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
-        raise RequestError(f"{ARGUMENT}={path} does not end in {SUFFIX}", hint=f"{path.with_suffix(SUFFIX)}")
+        hint = str(path.with_suffix(SUFFIX)) if path.name else f"video{SUFFIX}"
+        raise RequestError(f"{ARGUMENT}={path} does not end in {SUFFIX}", hint=hint)
     return check_writable(path, argument=ARGUMENT)
 
 
@@ -338,7 +342,7 @@ class _Muxer:
             return
         self._container.mux(self._audio.encode(None))
         surplus_s = (self._sound.num_samples - self._sound_position) / self._sound.sampling_rate
-        if abs(surplus_s) > 1 / self._fps:
+        if abs(surplus_s) > max(float(1 / self._fps), AUDIBLE_S):
             what = "cut by" if surplus_s > 0 else "continued with silence for"
             logger.warning("audio is %s %.3f s to fit the video", what, abs(surplus_s))
 

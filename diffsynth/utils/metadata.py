@@ -9,6 +9,7 @@ from typing import Any
 import av
 
 from diffsynth.errors import RequestError
+from diffsynth.utils.files import reason_of
 
 TAG = "diffsynth"
 """The project's own tag; ``comment`` holds the same text, for tools that drop tags they do not know."""
@@ -39,7 +40,7 @@ def read_request(path: str | Path) -> dict[str, Any] | None:
         with av.open(str(path), "r") as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
     except (av.FFmpegError, OSError) as error:
-        raise RequestError(f"{path} cannot be read: {error}", hint="a video file") from error
+        raise RequestError(f"{path} cannot be read: {reason_of(error)}", hint="a video file") from error
     for tag in (TAG, "comment"):
         try:
             value = json.loads(tags.get(tag, "null"))

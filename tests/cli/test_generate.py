@@ -11,6 +11,9 @@ from pathlib import Path
 import av
 import pytest
 
+from diffsynth.cli.generate import dtype_named, with_strength
+from diffsynth.cli.machine import MachineOptions
+from diffsynth.pipelines.limits import VRAMPreset
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.media_io_ltx2 import read_request
 from tests.cli.command import MODELS, SMALL, Here, arguments, environment, run, same_video
@@ -191,6 +194,11 @@ def test_an_empty_prompt_is_allowed(here: Here, tmp_path: Path) -> None:
         (("--vram-limit", "-1"), "vram_limit=-1"),
         (("--audio-only",), "video.mp4 is no name for sound alone"),
         (("-o", "boat.avi"), "output_path=boat.avi does not end in .mp4"),
+        (("-o", ""), "output_path=. does not end in .mp4  Try: video.mp4"),
+        (("--lora", f"{LORA}=strong"), "the strength 'strong' is no number"),
+        (("--lora", f"{LORA}=nan"), f"the strength of {LORA}=nan is not a number"),
+        (("--image", "no.png"), "no.png cannot be read as a picture: No such file or directory  Try: check"),
+        (("--retake-audio", "no.wav"), "no.wav cannot be read: No such file or directory  Try: check"),
         (("--video-guidance", "{"), "--video-guidance"),
         (("--no-such-option",), "No such option"),
         (("--height", "tall"), "--height"),
@@ -240,6 +248,14 @@ def test_wrong_files_are_exit_code_3(
     refused("--checkpoint", str(part), *gemma, words="missing: audio_vae_decoder")
     refused(*dev, "-o", "nowhere/boat.mp4", words="output_path=nowhere/boat.mp4 could not be written")
     refused(*dev, "-o", f"{cut}/boat.mp4", words="is not one")
+
+
+def test_spellings_of_limits_and_dtypes() -> None:
+    assert dtype_named("bf16") is dtype_named("bfloat16")
+    limit = MachineOptions.of(None, "bf16", "8 GB", None, None, True).vram_limit
+    assert isinstance(limit, str)
+    assert VRAMPreset(limit) is VRAMPreset.GB_8
+    assert with_strength(f"{LORA}=-1e-1") == (str(LORA), -0.1)
 
 
 def test_a_missing_checkpoint_names_the_option(here: Here, untouched: None, empty_folder: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.request import GenerateRequest
+from diffsynth.utils.audio_file import write_audio
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
 from tests.cli.command import Here, run
 from tests.pipelines.tiny import DEV, GEMMA, LORA, PICTURES, UPSCALER, call, tensors
@@ -64,6 +65,15 @@ def test_a_video(here: Here, pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> No
     report = json.loads(here("inspect", str(path), "--json").out)
     assert report == json.loads(json.dumps(video.record))
     assert GenerateRequest.from_dict(report["request"]) == GenerateRequest(**video.record["request"])
+
+
+def test_a_sound(here: Here, pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> None:
+    request = GenerateRequest(prompt="waves", audio_only=True, num_frames=9, num_inference_steps=1)
+    result = pipe.generate(request)
+    assert result.waveform is not None
+    for name in ("waves.wav", "waves.flac"):
+        path = write_audio(result.waveform, tmp_path / name, request=result.record)
+        assert "prompt: waves" in here("inspect", str(path)).out
 
 
 def test_a_video_of_somebody_else(here: Here, tmp_path: Path) -> None:

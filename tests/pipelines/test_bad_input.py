@@ -71,7 +71,11 @@ def refused(kind: type[DiffSynthError], run: Callable[[], object], *words: str) 
         ({"input_images": PICTURES[:1], "input_images_indexes": [9]}, ["input_images_indexes", "0 to 8"]),
         ({"input_images": PICTURES, "input_images_indexes": [8, -1]}, ["input_images_indexes", "twice"]),
         ({"input_images": PICTURES}, ["input_images_indexes has 1 entries for 2"]),
-        ({"input_images": ["nowhere.png"]}, ["input_images", "nowhere.png", "PNG or JPEG"]),
+        (
+            {"input_images": ["nowhere.png"]},
+            ["input_images", "nowhere.png", "No such", "check the path"],
+        ),
+        ({"input_images": [Image.new("RGB", (1, 9))]}, ["input_images", "1x9", "2x2"]),
         ({"cfg_scale": 3.0, "use_distilled_pipeline": True}, ["cfg_scale=3.0", "leave cfg_scale out"]),
         ({"tile_size_in_pixels": 100}, ["tile_size_in_pixels"]),
         ({"tile_overlap_in_frames": 128}, ["tile_overlap_in_frames"]),
@@ -128,6 +132,28 @@ def test_steps_of_a_distilled_model_are_ignored_and_said(
 ) -> None:
     call(pipe, use_distilled_pipeline=True, num_inference_steps=30)
     assert "num_inference_steps is not used" in caplog.text
+
+
+def test_a_negative_prompt_without_guidance_is_said(
+    pipe: LTX2AudioVideoPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    call(pipe, cfg_scale=1.0, negative_prompt=pipe.default_negative_prompt["LTX-2"])
+    assert "negative_prompt" not in caplog.text
+    call(pipe, cfg_scale=1.0, negative_prompt="blurry")
+    assert "negative_prompt is not used: there is no guidance" in caplog.text
+
+
+def test_what_is_said_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    request = GenerateRequest(height=64, width=64, num_frames=9, num_inference_steps=1, seed=1)
+    with caplog.at_level(logging.INFO):
+        pipe = load(DEV, GEMMA, request=request)
+        pipe.generate(request)
+        managed = load(DEV, GEMMA, request=request, vram_limit=1.0, cache=False)
+        managed.generate(request)
+    said = [line for line in caplog.messages if "is converting" not in line]
+    assert sum("the prompt is empty" in line for line in said) == 2
+    assert sum("memory plan" in line for line in said) == 1
+    assert sum(line.startswith(f"{DEV}: dit, text_encoder_post_modules") for line in said) == 1
 
 
 # -- what the loaded files cannot do ----------------------------------------------------------------------
