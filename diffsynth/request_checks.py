@@ -36,6 +36,7 @@ def check_request(request: "GenerateRequest") -> None:
     Raises:
         RequestError: it names the argument and what to pass instead.
     """
+    _check_text(request)
     _check_numbers(request)
     _check_size(request)
     _check_images(request)
@@ -49,6 +50,15 @@ def check_request(request: "GenerateRequest") -> None:
 def size_step(request: "GenerateRequest") -> int:
     """What height and width are multiples of."""
     return SPATIAL_STEP_PX * (STAGE_1_DIVISOR if request.use_two_stage_pipeline else 1)
+
+
+def _check_text(request: "GenerateRequest") -> None:
+    """Bytes of another encoding on a command line arrive as characters that no tokenizer takes."""
+    for name in ("prompt", "negative_prompt"):
+        try:
+            getattr(request, name).encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{name} is not valid Unicode: {error.reason}", hint="UTF-8 text") from error
 
 
 def _check_numbers(request: "GenerateRequest") -> None:

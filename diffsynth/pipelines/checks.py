@@ -1,6 +1,7 @@
 """What can be known of a request before anything runs, given the parts of a pipeline: sizes and devices."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from math import prod
 
 import torch
@@ -29,7 +30,7 @@ def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage])
     if audio_latent_frames(request.num_frames, request.frame_rate) < 1:
         raise RequestError(
             f"num_frames={request.num_frames} at frame_rate={request.frame_rate} is too short for sound",
-            hint="num_frames=9 or more",
+            hint=f"num_frames={_shortest(request.frame_rate)} or more",
         )
     if not request.tiled:
         return
@@ -102,6 +103,11 @@ def tile_config(request: GenerateRequest, planned: Mapping[str, int | None] | No
         request.tile_size_in_frames,
         request.tile_overlap_in_frames,
     )
+
+
+def _shortest(frame_rate: float) -> int:
+    """The smallest 8k+1 frames that last long enough for sound."""
+    return next(n for n in count(1, TEMPORAL_STEP) if audio_latent_frames(n, frame_rate) >= 1)
 
 
 def _check_smallest(request: GenerateRequest, parts: Parts) -> None:

@@ -1,10 +1,10 @@
 """Pictures, clips and sounds as users hand them over -> the objects of a generation and their names."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Self, TypedDict
 
 import torch
 from PIL import Image
@@ -187,20 +187,6 @@ def inputs_by_path(request: GenerateRequest) -> Inputs:
     )
 
 
-def name_of(value: Picture | Clip | Sound) -> str:
-    """What the request records: the path, or the kind and size of an object in memory."""
-    if isinstance(value, str | Path):
-        return str(value)
-    if isinstance(value, Image.Image):
-        return f"picture {value.width}x{value.height}"
-    if isinstance(value, Waveform):
-        return f"sound of {value.samples.shape[-1]} samples at {value.sampling_rate} Hz"
-    if isinstance(value, Tensor):
-        is_clip = value.ndim == 4
-        return f"clip of {len(value)} frames" if is_clip else f"sound of {value.shape[-1]} samples"
-    return f"clip of {len(value)} frames"
-
-
 def load_inputs(
     request: GenerateRequest,
     *,
@@ -306,21 +292,3 @@ def _part(sound: Waveform, start_s: float, duration_s: float) -> Waveform:
     if first >= sound.num_samples:
         raise RequestError(f"retake_audio has no sound at {start_s} s", hint="an earlier audio_start_time")
     return Waveform(sound.samples[:, first : first + round(duration_s * rate)], rate)
-
-
-def request_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call -> fields of a request: objects become their names, lists become tuples."""
-    values = {key: value for key, value in arguments.items() if value is not None}
-    for key in ("input_images", "in_context_videos"):
-        if key in values:
-            values[key] = tuple(name_of(item) for item in values[key])
-    for key in ("in_context_attention_mask", "retake_video", "retake_audio"):
-        if key in values:
-            values[key] = name_of(values[key])
-    for key in ("retake_video_regions", "retake_audio_regions"):
-        if key in values:
-            values[key] = tuple((start, end) for start, end in values[key])
-    for key in ("input_images_indexes", "input_images_strength", "in_context_strength"):
-        if isinstance(values.get(key), Sequence) and not isinstance(values[key], str):
-            values[key] = tuple(values[key])
-    return values

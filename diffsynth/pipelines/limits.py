@@ -73,7 +73,9 @@ class MemoryLimits:
         else:
             limits.append(("vram_limit", self.vram_limit))
         for name, value in limits:
-            if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise RequestError(f"{name}={value!r} is not a positive number of GB", hint=f"{name}=7.5")
         count = self.prefetch_count
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):

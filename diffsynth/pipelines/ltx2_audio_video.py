@@ -19,6 +19,7 @@ from diffsynth.device import is_out_of_memory, resolve_device
 from diffsynth.errors import RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.lora import Lora, LoraHandle, LoraStack
+from diffsynth.pipelines.arguments import check_models, request_fields
 from diffsynth.pipelines.assemble import (
     MODEL_NAMES,
     Assembly,
@@ -38,7 +39,6 @@ from diffsynth.pipelines.inputs import (
     fit_request,
     inputs_by_path,
     load_inputs,
-    request_fields,
 )
 from diffsynth.pipelines.limits import MemoryLimits
 from diffsynth.pipelines.manage import manage
@@ -148,6 +148,7 @@ class LTX2AudioVideoPipeline:
             CheckpointError: files that are missing, damaged, unknown, or do not belong together.
             DownloadError: a file could not be fetched.
         """
+        check_models(model_configs, tokenizer_config, loras)
         limits = MemoryLimits(
             vram_limit=vram_limit,
             host_limit=host_limit,
@@ -325,12 +326,13 @@ class LTX2AudioVideoPipeline:
         arguments = dict(locals())
         for name in ("self", "progress_bar_cmd", "on_progress"):
             del arguments[name]
+        fields = request_fields(arguments)
         clips: Clips = {
             "in_context_videos": in_context_videos or (),
             "in_context_attention_mask": in_context_attention_mask,
             "retake_video": retake_video,
         }
-        request = fit_request(GenerateRequest(**request_fields(arguments)).validate(), **clips)
+        request = fit_request(GenerateRequest(**fields).validate(), **clips)
         inputs = load_inputs(request, input_images=input_images or (), retake_audio=retake_audio, **clips)
         result = self.generate(request, inputs, with_bar(progress_bar_cmd, on_progress))
         return result.frames, result.audio_tensor()

@@ -66,7 +66,7 @@ _AAC_MAX_BITS = 6144
 
 
 def write_video_audio_ltx2(
-    video: Tensor | np.ndarray | Iterable[Frames],
+    video: Tensor | np.ndarray | Iterable[Frames] | None,
     audio: Any,
     output_path: str | Path,
     fps: float | Fraction | None = None,
@@ -108,6 +108,8 @@ def write_video_audio_ltx2(
         OutputError: the folder is missing, not writable or full.
     """
     path = check_output_path(output_path)
+    if video is None:  # what a call with audio_only returns
+        raise RequestError("video is None", hint="diffsynth.utils.audio_file.write_audio for sound alone")
     rate = _frame_rate(fps, getattr(video, "frame_rate", None))
     quality = _crf(video_quality, crf)
     tags = request_tags(getattr(video, "record", None) if request is None else request)
@@ -152,8 +154,8 @@ def exact_frame_rate(fps: float | Fraction) -> Fraction:
 
     Raises RequestError outside (0, 1000].
     """
-    if not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
-        raise RequestError(f"fps={fps} is outside 0..{MAX_FPS}", hint="24")
+    if not isinstance(fps, int | float | Fraction) or not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
+        raise RequestError(f"fps={fps!r} is outside 0..{MAX_FPS}", hint="24")
     if isinstance(fps, Fraction):
         return fps
     for nominal in (24, 30, 48, 60, 120):
@@ -233,6 +235,10 @@ def _sound(audio: Any, stated: int | None, num_frames: int | None, fps: Fraction
         rate = _rate_from_lengths(num_samples, num_frames, fps)
     elif rate <= 0 or rate != int(rate):
         raise RequestError(f"audio_sample_rate={rate} is not a rate in Hz", hint="48000, or 24000 for LTX-2")
+    if carried is not None and rate != carried:
+        logger.warning(
+            "audio_sample_rate=%s, but the sound was made at %s Hz: its pitch is off", rate, carried
+        )
     sound = Waveform.of(samples, int(rate)).to_stereo()
     stored = min(AAC_RATES, key=lambda r: abs(r - sound.sampling_rate))
     if stored != sound.sampling_rate:

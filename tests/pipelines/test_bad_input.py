@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,7 @@ def refused(kind: type[DiffSynthError], run: Callable[[], object], *words: str) 
         ({"num_inference_steps": 0}, ["num_inference_steps=0"]),
         ({"frame_rate": -24}, ["frame_rate=-24"]),
         ({"num_frames": 1, "frame_rate": 60}, ["num_frames=1", "too short for sound", "num_frames=9"]),
+        ({"frame_rate": 1000}, ["num_frames=9", "too short for sound", "num_frames=25 or more"]),
         (
             {"num_frames": 1, **TWO_STAGES},
             ["num_frames=1 at height=64 and width=64 is too little", "num_frames=9, or height=128"],
@@ -82,6 +84,7 @@ def refused(kind: type[DiffSynthError], run: Callable[[], object], *words: str) 
         ({"conventions": "mine"}, ["conventions", "official"]),
         ({"rand_device": "moon"}, ["rand_device='moon'", "cpu"]),
         ({"seed": "43"}, ["seed='43'"]),
+        ({"prompt": "a b\udcf6at"}, ["prompt is not valid Unicode", "UTF-8"]),
         ({"input_images": PICTURES[:1], "input_images_indexes": 0}, ["input_images_indexes=0"]),
         ({"retake_video": "nowhere.mp4"}, ["retake_video", "nowhere.mp4"]),
         ({"retake_video": []}, ["retake_video"]),
@@ -141,6 +144,40 @@ def test_a_negative_prompt_without_guidance_is_said(
     assert "negative_prompt" not in caplog.text
     call(pipe, cfg_scale=1.0, negative_prompt="blurry")
     assert "negative_prompt is not used: there is no guidance" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        ({"input_images": Image.new("RGB", (64, 64))}, "input_images=[Image.open("),
+        ({"input_images": "first.png"}, "input_images=[Image.open("),
+        ({"input_images": [np.zeros((64, 64, 3))]}, "input_images=[Image.open("),
+        ({"in_context_videos": "clip.mp4"}, "in_context_videos=['reference.mp4']"),
+        ({"retake_video": np.zeros((9, 64, 64, 3))}, "retake_video='clip.mp4'"),
+        ({"retake_audio": np.zeros((2, 9000))}, "retake_audio='sound.wav'"),
+        ({"retake_video": "a.mp4", "retake_video_regions": (0.1, 0.2)}, "retake_video_regions=[(1.0, 3.0)]"),
+    ],
+)
+def test_objects_of_another_kind(
+    pipe: LTX2AudioVideoPipeline, untouched: None, arguments: dict[str, Any], example: str
+) -> None:
+    refused(RequestError, lambda: call(pipe, **arguments), "cannot be used", f"Try: {example}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        ({"model_configs": ModelConfig(path=DEV)}, "model_configs=[ModelConfig(path="),
+        ({"model_configs": [str(DEV)]}, "model_configs=[ModelConfig(path="),
+        ({"tokenizer_config": str(GEMMA)}, "tokenizer_config=ModelConfig("),
+        ({"loras": (str(LORA), 1.0)}, "loras=[('style.safetensors', 1.0)]"),
+        ({"host_limit": "4"}, "host_limit=7.5"),
+        ({"vram_limit": [8]}, "vram_limit=7.5"),
+    ],
+)
+def test_models_and_limits_of_another_kind(untouched: None, arguments: dict[str, Any], example: str) -> None:
+    given: Any = {"model_configs": [ModelConfig(path=DEV)], "device": "cpu", **arguments}
+    refused(RequestError, lambda: LTX2AudioVideoPipeline.from_pretrained(**given), f"Try: {example}")
 
 
 def test_what_is_said_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

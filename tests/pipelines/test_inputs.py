@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 
 from diffsynth.errors import RequestError
+from diffsynth.pipelines.arguments import name_of, request_fields
 from diffsynth.pipelines.inputs import (
     Inputs,
     fit_request,
     inputs_by_path,
     load_inputs,
-    name_of,
-    request_fields,
 )
 from diffsynth.request import GenerateRequest
 from diffsynth.utils.audio import Waveform

@@ -116,8 +116,8 @@ def test_frame_rate_and_durations(tmp_path: Path, fps: float | Fraction, exact: 
     assert names.index("moov") < names.index("mdat")
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 5000])
-def test_impossible_frame_rates(fps: float) -> None:
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 5000, "24"])
+def test_impossible_frame_rates(fps: Any) -> None:
     with pytest.raises(RequestError, match="fps"):
         exact_frame_rate(fps)
 
@@ -175,9 +175,12 @@ class Carrier:
         (tone(16000, 16000)[:, None].expand(-1, 2), 16000, 16000),
     ],
 )
-def test_rates(tmp_path: Path, audio: Any, stated: int | None, expected: int) -> None:
+def test_rates(
+    tmp_path: Path, audio: Any, stated: int | None, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_video_audio_ltx2(clip(24), audio, tmp_path / "a.mp4", 24, stated)
     assert facts(path).rate == expected
+    assert ("its pitch is off" in caplog.text) is (isinstance(audio, Carrier) and stated is not None)
 
 
 @pytest.mark.parametrize(("stated", "num_samples"), [(30000, 30000), (None, 30000), (192000, 192000)])
@@ -279,6 +282,7 @@ def test_odd_sizes_are_refused_with_the_nearest_even_ones(
 @pytest.mark.parametrize(
     "video",
     [
+        None,
         [],
         torch.zeros(0, 16, 16, 3, dtype=torch.uint8),
         torch.zeros(2, 16, 16, 3),
