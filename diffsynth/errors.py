@@ -6,6 +6,7 @@ DiffSynthError                    message + hint
     DownloadError                 a file could not be fetched                      exit code 3
     OutputError                   a result could not be written                    exit code 3
     MemoryBudgetError             the request does not fit the machine             exit code 4
+    NumericalError                values overflowed: neither picture nor sound     exit code 1
     Cancelled                     the user asked to stop                           exit code 130
 """
 
@@ -54,6 +55,10 @@ class MemoryBudgetError(DiffSynthError):
     """The request does not fit the memory budget; the hint names the nearest one that does."""
 
     exit_code = 4
+
+
+class NumericalError(DiffSynthError):
+    """Values overflowed on the way; what would come out is neither picture nor sound."""
 
 
 class Cancelled(DiffSynthError):

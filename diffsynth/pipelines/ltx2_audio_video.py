@@ -74,6 +74,8 @@ __all__ = ["GuidanceParams", "LTX2AudioVideoPipeline", "ModelConfig"]
 
 logger = logging.getLogger(__name__)
 
+MAX_DURATION_S = 20
+"""The longest that the released models were made for; a few frames more do not matter."""
 GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 
 
@@ -355,7 +357,7 @@ class LTX2AudioVideoPipeline:
         request = request.validate()
         fitted = fit_request(request) if inputs is None else fit_request(request, **inputs.clips())
         request = self.check(fitted)
-        _tell_unused(request)
+        _tell_doubts(request)
         inputs = inputs_by_path(request) if inputs is None else inputs
         inputs.check(request)
         inputs = inputs.cut(request.num_frames)
@@ -556,7 +558,7 @@ class LTX2AudioVideoPipeline:
         }
 
 
-def _tell_unused(request: GenerateRequest) -> None:
+def _tell_doubts(request: GenerateRequest) -> None:
     """What is allowed, but may not be what was meant."""
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model chooses what to show")
@@ -564,6 +566,8 @@ def _tell_unused(request: GenerateRequest) -> None:
         logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
     if request.negative_prompt not in ("", NEGATIVE_PROMPT) and not guided(request):
         logger.warning("negative_prompt is not used: there is no guidance")
+    if (request.num_frames - 4) / request.frame_rate > MAX_DURATION_S:
+        logger.warning("models are made for up to %d s: what follows may get worse", MAX_DURATION_S)
 
 
 def _needs(units: Iterable[Unit]) -> list[str]:

@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.conditioning.items import (
-    apply_items,
-)
+from diffsynth.conditioning.items import apply_items
 from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext, contexts_from_features, prompt_features
 from diffsynth.conditioning.tokens import video_latent_shape
@@ -29,6 +27,7 @@ from diffsynth.pipelines.encode_inputs import kept_sound
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.sample import sample
+from diffsynth.pipelines.sanity import check_finite_values, tell_plain_frames
 from diffsynth.pipelines.stages import Stage, guided
 from diffsynth.pipelines.state import GenerationState, Unfinished
 from diffsynth.request import GenerateRequest
@@ -129,6 +128,8 @@ class Denoise:
             video, audio = sample(
                 stage, state, denoiser, state.unfinished, device=parts.device, on_step=on_step
             )
+        for stream in filter(None, (video, audio)):
+            check_finite_values(f"denoise stage {stage.number}", stream.latent, parts.dtype)
         state.unfinished = None
         state.video_latent = None if video is None else video.unpatchified()
         state.audio_latent = None if audio is None else audio.unpatchified()
@@ -225,7 +226,9 @@ class DecodeVideo:
                 accumulate_on=torch.device("cpu"),
                 on_tile=lambda done, total: state.report("decode video", done, total),
             ):
+                check_finite_values("decode video", chunk, parts.dtype)
                 pictures += _as_pictures(chunk)
+        tell_plain_frames(pictures)
         state.frames = pictures
 
 
@@ -247,6 +250,7 @@ class DecodeAudio:
         latent = state.audio_latent.to(device=parts.device, dtype=parts.dtype)
         with parts.memory.phase("decode audio"), exact_float32():
             samples = decode_audio(parts.audio_vae_decoder, parts.audio_vocoder, latent).cpu()
+        check_finite_values("decode audio", samples, parts.dtype)
         state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
         state.report("decode audio", 1, 1)
 

@@ -180,6 +180,15 @@ def test_models_and_limits_of_another_kind(untouched: None, arguments: dict[str,
     refused(RequestError, lambda: LTX2AudioVideoPipeline.from_pretrained(**given), f"Try: {example}")
 
 
+def test_a_clip_longer_than_the_models_know_is_said(
+    pipe: LTX2AudioVideoPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    call(pipe, num_frames=9, frame_rate=0.45)
+    assert "up to 20 s" not in caplog.text
+    call(pipe, num_frames=9, frame_rate=0.2)
+    assert "up to 20 s" in caplog.text
+
+
 def test_what_is_said_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     request = GenerateRequest(height=64, width=64, num_frames=9, num_inference_steps=1, seed=1)
     with caplog.at_level(logging.INFO):
