@@ -1,5 +1,6 @@
 """What can be known of a request before anything runs, given the parts of a pipeline: sizes and devices."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import count
 from math import prod
@@ -12,10 +13,17 @@ from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.tiling import TileConfig
 from diffsynth.models.ltx2.upsampler import NORM_GROUPS
 from diffsynth.models.ltx2.video_tiling import decode_tiles
+from diffsynth.pipelines.assemble import MODEL_NAMES, is_spatial_x2
+from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.stages import Stage
+from diffsynth.pipelines.stages import Stage, guided
 from diffsynth.request import SPATIAL_STEP_PX, TEMPORAL_STEP, GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import MaskedStep, get_conventions
+
+logger = logging.getLogger(__name__)
+
+MAX_DURATION_S = 20
+"""The longest that the released models were made for; a few frames more do not matter."""
 
 
 def check_sizes(request: GenerateRequest, parts: Parts, stages: Sequence[Stage]) -> None:
@@ -103,6 +111,51 @@ def tile_config(request: GenerateRequest, planned: Mapping[str, int | None] | No
         request.tile_size_in_frames,
         request.tile_overlap_in_frames,
     )
+
+
+def check_two_stages(
+    request: GenerateRequest, parts: Parts, sources: Mapping[str, str], *, has_lora: bool
+) -> None:
+    """Whether there is what the second stage needs.
+
+    Args:
+        request: one of two stages.
+        parts: the networks.
+        sources: files by part, for messages.
+        has_lora: whether the distilled LoRA was loaded.
+
+    Raises:
+        RequestError: no upsampler, one that does not double, or no distilled LoRA for a dev checkpoint.
+    """
+    model = MODEL_NAMES[parts.version]
+    if parts.upsampler is None:
+        raise RequestError(
+            "use_two_stage_pipeline needs a latent upsampler",
+            hint=f"add the spatial upscaler x2 of Lightricks/{model} to model_configs (--upsampler)",
+        )
+    if not is_spatial_x2(parts.upsampler.config):
+        raise RequestError(
+            f"{sources['upsampler']} does not double height and width, as two stages need",
+            hint=f"the spatial upscaler x2 of Lightricks/{model}",
+        )
+    if not has_lora and not request.use_distilled_pipeline:
+        raise RequestError(
+            "use_two_stage_pipeline with a dev checkpoint needs stage2_lora_config",
+            hint=f"the distilled LoRA of Lightricks/{model} (--distilled-lora), or a distilled "
+            "checkpoint and use_distilled_pipeline=True",
+        )
+
+
+def tell_doubts(request: GenerateRequest) -> None:
+    """What is allowed, but may not be what was meant."""
+    if not request.prompt.strip():
+        logger.warning("the prompt is empty: the model chooses what to show")
+    if request.use_distilled_pipeline and request.num_inference_steps is not None:
+        logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
+    if request.negative_prompt not in ("", NEGATIVE_PROMPT) and not guided(request):
+        logger.warning("negative_prompt is not used: there is no guidance")
+    if (request.num_frames - 4) / request.frame_rate > MAX_DURATION_S:
+        logger.warning("models are made for up to %d s: what follows may get worse", MAX_DURATION_S)
 
 
 def _shortest(frame_rate: float) -> int:

@@ -1,11 +1,10 @@
 """``LTX2AudioVideoPipeline``: video with sound from text and pictures, through one call."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from diffsynth import __version__
 from diffsynth.conditioning.text import PromptContext
 from diffsynth.conditioning.tokens import audio_latent_frames
-from diffsynth.device import is_out_of_memory, resolve_device
+from diffsynth.device import resolve_device
 from diffsynth.errors import RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.lora import Lora, LoraHandle, LoraStack
@@ -23,13 +22,20 @@ from diffsynth.pipelines.arguments import check_models, request_fields
 from diffsynth.pipelines.assemble import (
     MODEL_NAMES,
     Assembly,
-    is_spatial_x2,
     open_models,
     read_transformer_lora,
 )
-from diffsynth.pipelines.checks import check_blocks, check_rand_device, check_sampler, check_sizes
-from diffsynth.pipelines.encode_inputs import EncodeAudioInput, EncodeVideoInputs, kept_sound
-from diffsynth.pipelines.enhance import EnhancePrompt, chat_for, known_enhancement
+from diffsynth.pipelines.checks import (
+    check_blocks,
+    check_rand_device,
+    check_sampler,
+    check_sizes,
+    check_two_stages,
+    tell_doubts,
+)
+from diffsynth.pipelines.course import decoding, making, needs, run_unit
+from diffsynth.pipelines.encode_inputs import kept_sound
+from diffsynth.pipelines.enhance import chat_for, known_enhancement
 from diffsynth.pipelines.inputs import (
     Clip,
     Clips,
@@ -53,12 +59,6 @@ from diffsynth.pipelines.stages import guided, plan_stages
 from diffsynth.pipelines.state import GenerationState
 from diffsynth.pipelines.states import check_states
 from diffsynth.pipelines.units import (
-    DecodeAudio,
-    DecodeVideo,
-    Denoise,
-    EncodePrompts,
-    Unit,
-    Upsample,
     known_contexts,
     unknown_prompts,
 )
@@ -68,14 +68,12 @@ from diffsynth.sampling.noise import noise_source, resolve_seed
 from diffsynth.validation import check_finite
 
 if TYPE_CHECKING:
-    from diffsynth.pipelines.stages import Stage
+    pass
 
 __all__ = ["GuidanceParams", "LTX2AudioVideoPipeline", "ModelConfig"]
 
 logger = logging.getLogger(__name__)
 
-MAX_DURATION_S = 20
-"""The longest that the released models were made for; a few frames more do not matter."""
 GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 
 
@@ -357,7 +355,7 @@ class LTX2AudioVideoPipeline:
         request = request.validate()
         fitted = fit_request(request) if inputs is None else fit_request(request, **inputs.clips())
         request = self.check(fitted)
-        _tell_doubts(request)
+        tell_doubts(request)
         inputs = inputs_by_path(request) if inputs is None else inputs
         inputs.check(request)
         inputs = inputs.cut(request.num_frames)
@@ -377,8 +375,8 @@ class LTX2AudioVideoPipeline:
         )
         state.contexts = known_contexts(self.parts, state.prompted)
         self._plan(state.prompted, state.contexts)
-        for unit in self._making(request, stages):
-            _run(unit, self.parts, state)
+        for unit in making(request, stages, partial(self._book.of_stage, request)):
+            run_unit(unit, self.parts, state)
         record = self._record(request, state.enhanced_prompt)
         latents = FinalLatents(
             video=state.video_latent, audio=state.audio_latent, sound=kept_sound(state), record=record
@@ -416,7 +414,7 @@ class LTX2AudioVideoPipeline:
             latents = FinalLatents.load(latents)
         latents.check_model(MODEL_NAMES[self.parts.version])
         request = latents.request
-        self.parts.require(_needs(self._decoding(request)))
+        self.parts.require(needs(decoding(request, self.parts)))
         check_sizes(request, self.parts, ())
         conventions = get_conventions(request.conventions)
         state = GenerationState(
@@ -434,8 +432,8 @@ class LTX2AudioVideoPipeline:
 
     def _decoded(self, state: GenerationState, record: dict[str, Any]) -> Result:
         request, frames = state.request, None
-        for unit in self._decoding(request):
-            _run(unit, self.parts, state)
+        for unit in decoding(request, self.parts):
+            run_unit(unit, self.parts, state)
         if state.frames is not None:
             frames = VideoFrames(state.frames, frame_rate=request.frame_rate, record=record)
         return Result(
@@ -475,7 +473,9 @@ class LTX2AudioVideoPipeline:
         check_rand_device(request)
         check_sizes(request, self.parts, stages)
         if request.use_two_stage_pipeline:
-            self._check_two_stages(request)
+            check_two_stages(
+                request, self.parts, self._assembly.sources, has_lora=self._book.distilled is not None
+            )
         elif request.stage1_lora_strength and self._book.distilled is None:
             raise RequestError(
                 "stage1_lora_strength needs the distilled LoRA", hint="stage2_lora_config (--distilled-lora)"
@@ -487,7 +487,8 @@ class LTX2AudioVideoPipeline:
                 f"{self._assembly.sources['dit']} is a distilled checkpoint, but guidance is asked for",
                 hint="use_distilled_pipeline=True, or cfg_scale=1, or a dev checkpoint",
             )
-        self.parts.require(_needs(self._units(request, stages)))
+        units = making(request, stages, partial(self._book.of_stage, request))
+        self.parts.require(needs([*units, *decoding(request, self.parts)]))
         return request
 
     def _audio_shape(self, request: GenerateRequest) -> tuple[int, int, int, int] | None:
@@ -496,55 +497,6 @@ class LTX2AudioVideoPipeline:
             return None
         frames = audio_latent_frames(request.num_frames, request.frame_rate)
         return (1, decoder.config.z_channels, frames, decoder.config.latent_bins)
-
-    def _check_two_stages(self, request: GenerateRequest) -> None:
-        model = MODEL_NAMES[self.parts.version]
-        if self.parts.upsampler is None:
-            raise RequestError(
-                "use_two_stage_pipeline needs a latent upsampler",
-                hint=f"add the spatial upscaler x2 of Lightricks/{model} to model_configs (--upsampler)",
-            )
-        if not is_spatial_x2(self.parts.upsampler.config):
-            raise RequestError(
-                f"{self._assembly.sources['upsampler']} does not double height and width, as two stages need",
-                hint=f"the spatial upscaler x2 of Lightricks/{model}",
-            )
-        if self._book.distilled is None and not request.use_distilled_pipeline:
-            raise RequestError(
-                "use_two_stage_pipeline with a dev checkpoint needs stage2_lora_config",
-                hint=f"the distilled LoRA of Lightricks/{model} (--distilled-lora), or a distilled "
-                "checkpoint and use_distilled_pipeline=True",
-            )
-
-    def _units(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
-        """The units of a request, in the order in which they run."""
-        return [*self._making(request, stages), *self._decoding(request)]
-
-    def _making(self, request: GenerateRequest, stages: "Sequence[Stage]") -> list[Unit]:
-        """The units up to the final latents."""
-        has_video_inputs = (
-            request.input_images or request.in_context_videos or request.retake_video is not None
-        )
-        units: list[Unit] = [EnhancePrompt()] if request.enhance_prompt else []
-        units.append(EncodePrompts())
-        if request.retake_audio is not None:
-            units.append(EncodeAudioInput())
-        for stage in stages:
-            if stage.number > 1:
-                units.append(Upsample())
-            if has_video_inputs:
-                units.append(EncodeVideoInputs(stage))
-            units.append(Denoise(stage, partial(self._book.of_stage, request, stage)))
-        return units
-
-    def _decoding(self, request: GenerateRequest) -> list[Unit]:
-        """The units from the final latents on."""
-        units: list[Unit] = []
-        if not request.audio_only:
-            units.append(DecodeVideo())
-        if self.parts.has_audio:
-            units.append(DecodeAudio())
-        return units
 
     def _record(self, request: GenerateRequest, enhanced_prompt: str | None) -> dict[str, Any]:
         """What made a result: it goes into the metadata of the file."""
@@ -556,36 +508,3 @@ class LTX2AudioVideoPipeline:
             "request": request.to_dict(),
             **({} if enhanced_prompt is None else {"enhanced_prompt": enhanced_prompt}),
         }
-
-
-def _tell_doubts(request: GenerateRequest) -> None:
-    """What is allowed, but may not be what was meant."""
-    if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model chooses what to show")
-    if request.use_distilled_pipeline and request.num_inference_steps is not None:
-        logger.warning("num_inference_steps is not used: a distilled model has its own list of steps")
-    if request.negative_prompt not in ("", NEGATIVE_PROMPT) and not guided(request):
-        logger.warning("negative_prompt is not used: there is no guidance")
-    if (request.num_frames - 4) / request.frame_rate > MAX_DURATION_S:
-        logger.warning("models are made for up to %d s: what follows may get worse", MAX_DURATION_S)
-
-
-def _needs(units: Iterable[Unit]) -> list[str]:
-    """The parts that units need, each once."""
-    return list(dict.fromkeys(name for unit in units for name in unit.needs))
-
-
-def _run(unit: Unit, parts: Parts, state: GenerationState) -> None:
-    """Run a unit; if the device runs out of memory, again with less, from the last finished step."""
-    parts.memory.convert(unit.needs, state.on_progress)
-    while True:
-        try:
-            unit.run(parts, state)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            clear_frames(error.__traceback__)  # they hold the tensors that filled the device
-            if not parts.memory.step_down():
-                raise
-        else:
-            return

@@ -22,7 +22,7 @@ from diffsynth.pipelines.sizes import ModelSizes, released_sizes
 from diffsynth.pipelines.stages import plan_stages
 from diffsynth.pipelines.state import GenerationState
 from diffsynth.pipelines.storage import Storage
-from diffsynth.pipelines.units import Denoise
+from diffsynth.pipelines.units import Denoise, EncodePrompts
 from diffsynth.pipelines.workload import video_tokens
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import OFFICIAL
@@ -217,7 +217,7 @@ def test_a_stage_needs_what_is_predicted(
     )
     storage = Storage.uniform(StorageFormat.F32)
     with torch.inference_mode():
-        pipe._units(asked, stages)[0].run(pipe.parts, state)
+        EncodePrompts().run(pipe.parts, state)
         with LiveBytes() as counter:
             Denoise(stages[0]).run(pipe.parts, state)
     (choice,) = demands_for(asked, "2.0", storage=storage, parts=pipe.parts)[2].choices

@@ -13,7 +13,7 @@ from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.stages import plan_stages
 from diffsynth.pipelines.state import GenerationState
-from diffsynth.pipelines.units import Denoise
+from diffsynth.pipelines.units import Denoise, EncodePrompts
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import OFFICIAL
 from diffsynth.sampling.noise import noise_source
@@ -194,7 +194,7 @@ def test_a_stage_that_is_taken_up_again_ends_in_the_same_bits(
 
     stopped: list[int] = []
     unbroken, broken = state(lambda _: None), state(stop)
-    prompts = pipe._units(request, (stage,))[0]
+    prompts = EncodePrompts()
     with torch.inference_mode():
         for each in (unbroken, broken):
             prompts.run(pipe.parts, each)
