@@ -23,11 +23,10 @@ app = typer.Typer(
     help="Video with sound from text and pictures: LTX-2 and LTX-2.3 on machines far smaller than the model.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(plan)
-app.add_typer(cache_app)
 
 MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging Face)"
 RUN = machine.RUN
@@ -91,7 +90,7 @@ def generate(
     quiet: machine.Quiet = False,
     **request: object,
 ) -> None:
-    """Make a video with sound and write it as mp4; the whole request is kept in its metadata."""
+    """Make a video with sound.  The mp4 keeps the whole request in its metadata."""
     # Before torch is imported: a wrong number is told at once.
     checked = parse_request({"prompt": prompt, **request}).validate()
     try:
@@ -130,7 +129,7 @@ def decode(
     stats: machine.Stats = False,
     quiet: machine.Quiet = False,
 ) -> None:
-    """Decode the latents of a run that was stopped at its end; a small --vram-limit makes small tiles."""
+    """Decode the latents of a stopped run.  A small --vram-limit makes small tiles."""
     try:
         from diffsynth.cli.decode import run
 
@@ -145,10 +144,14 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="checkpoint, LoRA, upsampler, or generated video or sound")],
     json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Say what a file holds: networks, variant, parameters and dtypes; or the request that made a result."""
+    """Say what a file holds.  Networks, variant, parameters and dtypes; or the request that made a result."""
     from diffsynth.cli.inspect import run
 
     run(file, as_json=json)
+
+
+app.command()(plan)
+app.add_typer(cache_app)
 
 
 def _add_official(name: str, text: str) -> None:

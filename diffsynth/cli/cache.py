@@ -19,7 +19,7 @@ PROMPTS, LATENTS = "prompts", "latents"
 
 cache_app = typer.Typer(
     name="cache",
-    help="Converted weights and encoded prompts on the disk: made when first needed, used by later starts.",
+    help="Converted weights and encoded prompts.  They are made when first needed and used by later starts.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -35,8 +35,8 @@ def list_entries(
     folder: Folder = None,
     json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Show what is in the cache: converted weights with network, format, size, age, state and origin; encoded
-    prompts; latents of runs that were stopped while decoding."""
+    """Show what is in the cache.  Converted weights with network, format, size, age, state and origin;
+    encoded prompts; latents of runs that were stopped while decoding."""
     import json as encoder
 
     cache = _packed(folder)
@@ -72,7 +72,7 @@ def clear(
         bool, typer.Option("--latents", help="also latents that were never decoded: they are not made anew")
     ] = False,
 ) -> None:
-    """Delete converted weights and encoded prompts; they are made anew when they are needed."""
+    """Delete weights and encoded prompts.  They are made anew when they are needed."""
     age = None if older_than is None else parse_age(older_than)
     cache = _packed(folder)
     removed = cache.clear(age)

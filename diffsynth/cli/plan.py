@@ -63,7 +63,7 @@ def plan(
     storage: machine.Storage = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Predict memory and time of a generation on a machine; nothing is downloaded or loaded."""
+    """Predict memory and time on a machine.  Nothing is downloaded or loaded."""
     subject = _subject(model, checkpoint or (), storage)
     request = _request(mode, height, width, num_frames)
     for option, value in (("disk", disk), ("host-limit", host_limit)):
