@@ -30,7 +30,7 @@ from diffsynth.loader import ModelConfig, NetworkKind, SafetensorsFile, WeightFi
 from diffsynth.loader.meta import without_weights
 from diffsynth.loader.networks import network_spec
 from diffsynth.lora import Lora, linear_shapes, read_lora
-from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.ltx2.connectors import TextConnectorsConfig
 from diffsynth.models.ltx2.transformer_config import TransformerConfig
 from diffsynth.pipelines.assemble import OpenedModels, open_models

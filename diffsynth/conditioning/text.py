@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from diffsynth.errors import CheckpointError
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.ltx2.connectors import TextConnectors
 from diffsynth.models.ltx2.feature_extractor import PromptFeatures, Slices
 

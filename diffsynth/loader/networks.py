@@ -10,7 +10,7 @@ from torch import nn
 from diffsynth.errors import CheckpointError
 from diffsynth.loader.key_names import NetworkKind, Shapes, belongs, gemma_key, gemma_vision_key
 from diffsynth.loader.recognise import UNREAD_STATISTICS
-from diffsynth.models import gemma3, gemma3_vision
+from diffsynth.models import gemma3, gemma3_config, gemma3_vision
 from diffsynth.models.ltx2 import (
     audio_vae,
     connectors,
@@ -90,12 +90,12 @@ def _configure_upsampler(sections: Sections | None, shapes: Shapes) -> upsampler
     return upsampler.UpsamplerConfig.infer(shapes)
 
 
-def _configure_gemma(config: Sections | None, shapes: Shapes) -> gemma3.Gemma3Config:
+def _configure_gemma(config: Sections | None, shapes: Shapes) -> gemma3_config.Gemma3Config:
     """``config`` is the ``config.json`` beside the shards."""
     if config is not None:
-        return gemma3.Gemma3Config.from_dict(config)
+        return gemma3_config.Gemma3Config.from_dict(config)
     logger.info("no config.json beside the Gemma 3 weights; its sizes are read from the tensor shapes")
-    return gemma3.Gemma3Config.infer(shapes)
+    return gemma3_config.Gemma3Config.infer(shapes)
 
 
 def _configure_gemma_vision(config: Sections | None, shapes: Shapes) -> gemma3_vision.Gemma3VisionConfig:
@@ -186,7 +186,7 @@ _SPECS: Mapping[NetworkKind, NetworkSpec] = {
             kind=NetworkKind.GEMMA,
             module=gemma3.Gemma3TextModel,
             configure=_configure_gemma,
-            prefixes=gemma3.KEY_PREFIXES,
+            prefixes=gemma3_config.KEY_PREFIXES,
         ),
         NetworkSpec(
             kind=NetworkKind.GEMMA_VISION,

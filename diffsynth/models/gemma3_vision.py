@@ -17,13 +17,13 @@ from torch.nn import functional
 
 from diffsynth.errors import CheckpointError
 from diffsynth.models.gemma3 import RMSNorm
+from diffsynth.models.gemma3_config import HINT
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 HEAD_WIDTH = 72
 """Of the released tower; shapes do not tell it."""
 RELEASED_TOKENS = 256
-_HINT = "use the folder of google/gemma-3-12b-it-qat-q4_0-unquantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +56,17 @@ class Gemma3VisionConfig:
         """
         vision, text = config.get("vision_config"), config.get("text_config")
         if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-            raise CheckpointError("the configuration of Gemma 3 describes no vision tower", hint=_HINT)
+            raise CheckpointError("the configuration of Gemma 3 describes no vision tower", hint=HINT)
         activation = vision.get("hidden_act", "gelu_pytorch_tanh")
         if vision.get("model_type") != "siglip_vision_model" or activation != "gelu_pytorch_tanh":
             raise CheckpointError(
                 f"a vision tower {vision.get('model_type')!r} with {activation!r} is not supported",
-                hint=_HINT,
+                hint=HINT,
             )
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [name for name in (*names, "image_size", "patch_size") if name not in vision]
         if missing or "hidden_size" not in text:
-            raise CheckpointError(f"the configuration of the vision tower lacks {missing}", hint=_HINT)
+            raise CheckpointError(f"the configuration of the vision tower lacks {missing}", hint=HINT)
         return cls(
             width=vision["hidden_size"],
             inner_width=vision["intermediate_size"],
@@ -92,7 +92,7 @@ class Gemma3VisionConfig:
             inner_width = shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0]
             _, text_width = shapes["multi_modal_projector.mm_input_projection_weight"]
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"no vision tower of Gemma 3: {error}", hint=_HINT) from None
+            raise CheckpointError(f"no vision tower of Gemma 3: {error}", hint=HINT) from None
         layers = {key.split(".")[3] for key in shapes if key.startswith("vision_model.encoder.layers.")}
         return cls(
             width=width,
@@ -112,7 +112,7 @@ class Gemma3VisionConfig:
             raise CheckpointError(
                 f"sizes of the vision tower do not divide: width {self.width} by {self.num_heads} heads, "
                 f"{self.patches_per_side} patches of a side by {self.num_tokens} tokens",
-                hint=_HINT,
+                hint=HINT,
             )
         return self
 

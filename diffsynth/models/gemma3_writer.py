@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel, RopeTable
+from diffsynth.models.gemma3 import Gemma3TextModel, RopeTable
 from diffsynth.models.gemma3_cache import KeyValueCache, first_mask
+from diffsynth.models.gemma3_config import Gemma3Config
 
 HeadChunks = Callable[[], Iterator[Tensor]]
 """Gives the embedding table, some rows at a time, on the device; each chunk is valid until the next."""

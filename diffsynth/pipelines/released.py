@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from diffsynth.loader.meta import without_weights
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from diffsynth.models.ltx2.connectors import TextConnectors, TextConnectorsConfig
 from diffsynth.models.ltx2.transformer import LTX2Transformer, TransformerConfig

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from diffsynth.errors import CheckpointError
-from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.gemma3_vision import Gemma3VisionConfig
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
 from diffsynth.models.ltx2.connectors import TextConnectorsConfig

@@ -12,7 +12,8 @@ from diffsynth.conditioning.enhance import Chat, chat_of, clean, prepare_picture
 from diffsynth.conditioning.enhance_instructions import PICTURE_TO_VIDEO, TEXT_TO_VIDEO
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.errors import CheckpointError
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3_config import Gemma3Config
 from tests.models.test_gemma3 import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden"

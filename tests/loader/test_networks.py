@@ -13,7 +13,7 @@ from diffsynth.loader import NetworkKind, NetworkWeights, WeightFiles, find_netw
 from diffsynth.loader.key_names import EXCLUDED_PREFIXES, OFFICIAL_PREFIXES, gemma_key, official_names
 from diffsynth.loader.networks import network_spec
 from diffsynth.loader.recognise import UNREAD_STATISTICS
-from diffsynth.models import gemma3
+from diffsynth.models import gemma3_config
 from diffsynth.models.ltx2 import transformer, video_vae
 from tests.loader.headers import (
     MANIFESTS,
@@ -161,7 +161,7 @@ def test_single_file_with_and_without_metadata_gives_the_same_networks(
 def test_gemma_is_inferred_as_stated() -> None:
     config = json.loads((MANIFESTS / "config.gemma-3-12b-it.json").read_text(encoding="utf-8"))
     weights = find_network(NetworkKind.GEMMA, _files(manifest("gemma-3-12b-it")))
-    assert weights.config == gemma3.Gemma3Config.from_dict(config)
+    assert weights.config == gemma3_config.Gemma3Config.from_dict(config)
     assert len(weights.entries) == 626
 
 
@@ -184,7 +184,7 @@ def test_tables_of_key_names_agree_with_the_networks() -> None:
         known = network_spec(kind, ()).prefixes
         assert all(any(prefix.startswith(own) for own in known) for prefix in prefixes), kind
     for key in (*manifest("gemma-3-12b-it"), "lm_head.weight", "model.layers.0.mlp.up_proj.weight", "norm.x"):
-        assert gemma_key(key) == gemma3.text_key(key)
+        assert gemma_key(key) == gemma3_config.text_key(key)
 
 
 def test_a_lora_is_no_network() -> None:

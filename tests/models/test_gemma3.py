@@ -10,7 +10,8 @@ from transformers import Gemma3TextConfig
 from transformers import Gemma3TextModel as Oracle
 
 from diffsynth.errors import CheckpointError
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel, rope_table, text_key
+from diffsynth.models.gemma3 import Gemma3TextModel, rope_table
+from diffsynth.models.gemma3_config import Gemma3Config, text_key
 
 MANIFEST = Path(__file__).parents[1] / "manifest"
 

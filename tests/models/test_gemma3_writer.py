@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3TextModel
 from diffsynth.models.gemma3_cache import KeyValueCache, first_mask
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.gemma3_writer import Continuation, draw, head_rows, table_chunks, write
 from tests.models.test_gemma3 import TINY, tiny_model
 

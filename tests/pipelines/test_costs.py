@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth.models.gemma3 import Gemma3Config, Gemma3TextModel
+from diffsynth.models.gemma3 import Gemma3TextModel
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.gemma3_vision import Gemma3Vision, Gemma3VisionConfig
 from diffsynth.models.gemma3_writer import Continuation, table_chunks
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.conditioning.text import PromptTokenizer, find_tokenizer
-from diffsynth.models.gemma3 import DecoderLayer, Gemma3Config, Gemma3TextModel, text_key
+from diffsynth.models.gemma3 import DecoderLayer, Gemma3TextModel
+from diffsynth.models.gemma3_config import Gemma3Config, text_key
 from diffsynth.models.ltx2.connectors import (
     KEY_PREFIXES,
     ConnectorBlock,

@@ -6,7 +6,7 @@ W width of a connector.  Prompts run one after another inside a layer, so a laye
 
 from collections.abc import Sequence
 
-from diffsynth.models.gemma3 import Gemma3Config
+from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.gemma3_vision import Gemma3VisionConfig
 from diffsynth.models.ltx2.connectors import ConnectorConfig, TextConnectorsConfig
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractorConfig
