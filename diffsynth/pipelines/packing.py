@@ -16,7 +16,8 @@ from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.file_source import MixedSource
 from diffsynth.vram.formats import AS_IS, SCALE, StorageFormat
 from diffsynth.vram.identity import Identity, identify
-from diffsynth.vram.packed_file import PackedFile, Progress, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import Progress, write_packed
 from diffsynth.vram.plan import PhasePlan
 from diffsynth.vram.source import BlockSource, RamSource
 

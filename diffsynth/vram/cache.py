@@ -87,7 +87,7 @@ class PackedCache:
         Args:
             identity: see :func:`diffsynth.vram.identity.identify`.
             build: writes the file to the path that it is given, all or nothing, as
-                :func:`diffsynth.vram.packed_file.write_packed` does.
+                :func:`diffsynth.vram.packed_writer.write_packed` does.
 
         Raises:
             OutputError: the folder is not writable or the disk is full.

@@ -22,7 +22,8 @@ from diffsynth.vram.formats import CHUNK_ELEMENTS, StorageFormat, decode_scratch
 from diffsynth.vram.identity import identify
 from diffsynth.vram.linear import decoded_bytes
 from diffsynth.vram.managed import ManagedModule
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 from diffsynth.vram.plan import PhasePlan
 from diffsynth.vram.planner import Block, Budget, Choice, PhaseDemand, plan
 

@@ -17,7 +17,8 @@ from diffsynth.vram.file_source import BlockFile, FileSource, MappedSource, Mixe
 from diffsynth.vram.formats import AS_IS, StorageFormat
 from diffsynth.vram.identity import identify
 from diffsynth.vram.managed import ManagedModule
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 from diffsynth.vram.source import BlockSource, RamSource
 from tests.runners.case import Case
 from tests.runners.transformer import build, modality

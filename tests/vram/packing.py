@@ -20,7 +20,8 @@ from diffsynth.vram.blocks import BlockLayout, TensorSpec, make_layout, unpack
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.formats import StorageFormat, as_is, decode, encode
 from diffsynth.vram.identity import Identity, identify
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 
 NUM_BLOCKS = 3
 PIECE_BYTES = 1000

@@ -16,7 +16,8 @@ from diffsynth.vram.blocks import BlockLayout
 from diffsynth.vram.file_source import FileSource
 from diffsynth.vram.formats import AS_IS, StorageFormat, decode, encode
 from diffsynth.vram.identity import identify
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 from diffsynth.vram.slices import StreamedSlices, slice_layouts
 from diffsynth.vram.source import BlockSource, RamSource
 from tests.runners.case import Case

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffsynth.errors import CheckpointError, OutputError
 from diffsynth.vram.formats import StorageFormat
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 from tests.vram.packing import Network, make_source
 
 ROOT = Path(__file__).parents[2]
@@ -113,8 +114,9 @@ def test_files_of_another_length_are_refused(network: Network, packed: Path) -> 
     with pytest.raises(CheckpointError, match="not a packed file"):
         PackedFile.open(packed, None)
     packed.unlink()
-    with pytest.raises(FileNotFoundError):
-        PackedFile.open(packed, None)
+    for missing in (packed, network.source / packed.name):
+        with pytest.raises(FileNotFoundError):
+            PackedFile.open(missing, None)
 
 
 def test_a_file_of_something_else_is_refused(network: Network, packed: Path, tmp_path: Path) -> None:
@@ -339,7 +341,7 @@ import torch
 from diffsynth.vram.blocks import TensorSpec, make_layout
 from diffsynth.vram.formats import StorageFormat, encode
 from diffsynth.vram.identity import identify
-from diffsynth.vram.packed_file import write_packed
+from diffsynth.vram.packed_writer import write_packed
 
 def status(field):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))

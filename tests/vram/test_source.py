@@ -17,7 +17,8 @@ from diffsynth.errors import CheckpointError
 from diffsynth.vram.blocks import BlockLayout
 from diffsynth.vram.file_source import FileSource, MappedSource, MixedSource
 from diffsynth.vram.identity import identify
-from diffsynth.vram.packed_file import PackedFile, write_packed
+from diffsynth.vram.packed_file import PackedFile
+from diffsynth.vram.packed_writer import write_packed
 from diffsynth.vram.source import BlockSource, RamSource, TensorSource
 from diffsynth.vram.streamer import Streamer
 from tests.standin import StandIn
