@@ -181,7 +181,9 @@ def _check_regions(request: "GenerateRequest") -> None:
         for start, end in regions:
             check_finite(name, start)
             check_finite(name, end)
-            if not 0 <= start < end:
+            if start < 0:
+                raise RequestError(f"{name}: start {start} s lies before the clip", hint="0.0 or later")
+            if start >= end:
                 raise RequestError(
                     f"{name}: start {start} s must lie before end {end} s", hint="such as [(1.0, 3.0)]"
                 )
@@ -200,7 +202,8 @@ def _check_sound(request: "GenerateRequest") -> None:
             continue
         check_finite(name, value)
         if value < 0 or (name == "audio_max_duration" and value == 0):
-            raise RequestError(f"{name}={value} is not a time in seconds", hint="0.0, or a positive number")
+            hint = "0.0, or a positive number" if name == "audio_start_time" else "a positive number"
+            raise RequestError(f"{name}={value} is not a time in seconds", hint=hint)
         if value and request.retake_audio is None:
             raise RequestError(f"{name} is given without retake_audio", hint="pass retake_audio too")
     if not request.audio_only:

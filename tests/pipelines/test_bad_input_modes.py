@@ -32,6 +32,7 @@ FULL = GuidanceParams(cfg_scale=3, modality_scale=3)
     [
         # regions
         ({**RETAKE, "retake_video_regions": [(0.3, 0.1)]}, ["start 0.3 s must lie before end 0.1 s"]),
+        ({**RETAKE, "retake_video_regions": [(-0.1, 0.2)]}, ["start -0.1 s lies before the clip", "0.0 or"]),
         ({**RETAKE, "retake_video_regions": [(0.2, 0.2)]}, ["retake_video_regions", "must lie before"]),
         ({**RETAKE, "retake_video_regions": [(0.4, 0.5)]}, ["outside the clip", "0.375"]),
         ({**RETAKE, "retake_video_regions": [(0.1, 5.0)]}, ["outside the clip, which lasts 0.375 s"]),
