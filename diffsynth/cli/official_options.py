@@ -12,9 +12,6 @@ from diffsynth.cli.machine import DEFAULT_DTYPE, MachineOptions
 from diffsynth.errors import RequestError
 from diffsynth.pipelines.presets import HQ_LORA_STRENGTHS, Preset
 
-Words = tuple[Any, ...]
-"""What one option was given, each word of its own kind."""
-
 
 @dataclass(frozen=True, slots=True)
 class Option:

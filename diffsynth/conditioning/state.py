@@ -147,10 +147,6 @@ class ModalityState:
         """The target tokens of ``latent`` as a latent of ``target_shape``; appended ones are left out."""
         return unpatchify(self.latent[:, : self.target_tokens], self.target_shape)
 
-    def unpatchified_mask(self) -> Tensor:
-        """The mask of the target tokens: (B, 1, F, H, W) or (B, 1, T0, 1)."""
-        return unpatchify(self.mask[:, : self.target_tokens], self.target_shape)
-
     def appended(self, latent: Tensor, clean: Tensor, positions: Tensor, mask_value: float) -> Self:
         """The state with N more tokens at the end.
 

@@ -16,10 +16,6 @@ DISTILLED_STAGE_1: Sigmas = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.7
 """Eight steps of the distilled checkpoints: constants of the distillation."""
 DISTILLED_STAGE_2: Sigmas = (0.909375, 0.725, 0.421875, 0.0)
 """Three steps after the latent upsampler; the first value is also the scale of the added noise."""
-HDR_STAGE_2: Sigmas = (0.909375, 0.725, 0.0)
-"""Second stage of the HDR in-context LoRA."""
-TEMPORAL_ROUND: Sigmas = DISTILLED_STAGE_1[4:]
-"""One round of temporal upsampling."""
 
 DEFAULT_TOKENS = 4096
 _BASE_TOKENS = 1024

@@ -1,4 +1,4 @@
-"""Pictures and clips: reading, fitting to the size of a generation, and back to 8 bits.
+"""Pictures and clips: reading, and fitting to the size of a generation.
 
 Pixels of the networks are float32 in [-1, 1], channels first; pictures of files are uint8, channels last.
 """
@@ -130,18 +130,6 @@ def fit_mask(frames: Tensor | Sequence[Image.Image], height: int, width: int) ->
     """A mask clip: fitted as ``crop``, channels averaged.  Returns: (1, 1, F, height, width) in [0, 1]."""
     pixels = fit_frames(frames, height, width)
     return pixels.mean(dim=1, keepdim=True).add_(1).div_(2).clamp_(0, 1)
-
-
-def pixels_to_uint8(pixels: Tensor) -> Tensor:
-    """Decoded pixels as 8-bit frames, truncated in float32 (in bf16 the same rule would round).
-
-    Args: pixels (3, F, H, W) or (1, 3, F, H, W) in [-1, 1], any float dtype and device.
-    Returns: (F, H, W, 3) uint8 on the same device.
-    """
-    if pixels.ndim == 5:
-        pixels = pixels.squeeze(0)
-    scaled = pixels.float().add(1).div_(2).clamp_(0, 1).mul_(255)
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 def frames_to_images(frames: Tensor | Iterable[Tensor]) -> list[Image.Image]:

@@ -75,7 +75,6 @@ def test_clearing_drops_all_that_was_appended() -> None:
     assert (cleared.mask == 1).all()
     assert torch.equal(more.unpatchified(), latent)
     assert torch.equal(cleared.unpatchified(), latent)
-    assert more.unpatchified_mask().shape == (2, 1, 3, 2, 2)
 
 
 def test_attention_between_target_and_two_weighted_groups() -> None:

@@ -86,7 +86,6 @@ def test_bfloat16_timesteps_of_the_distilled_list() -> None:
 
 def test_distilled_lists_share_their_tail() -> None:
     assert schedules.DISTILLED_STAGE_1[5:] == schedules.DISTILLED_STAGE_2
-    assert schedules.TEMPORAL_ROUND[0] == 0.975
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.025, 0.3, 0.5, 0.77, 0.999])
