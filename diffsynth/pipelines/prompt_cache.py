@@ -52,7 +52,9 @@ class PromptCache:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return PromptContext(file.get_tensor("video"), file.get_tensor("audio"))
+                # Cloned: windows on the file begin anywhere, and there matrix products may round otherwise.
+                video, audio = (file.get_tensor(name).clone() for name in ("video", "audio"))
+                return PromptContext(video, audio)
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be read (%s): the prompt is encoded again", path, error)
             return None
