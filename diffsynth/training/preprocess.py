@@ -28,6 +28,7 @@ from diffsynth.pipelines.units import encode_with
 from diffsynth.training.clip_jobs import ClipJob, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import DataSection, TrainConfig
+from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.samples import Sample, entry_of, write_index
 from diffsynth.utils.audio import read_audio
 from diffsynth.utils.images import fit_frames, read_video
@@ -59,6 +60,7 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
         RequestError: the list of clips cannot be read, or no clip in it can be used.
         CheckpointError, DownloadError: the models cannot be opened, or lack a network.
         OutputError: the folder is not writable or the disk is full.
+        MemoryBudgetError: the device ran out of memory.
     """
     config.check()
     data, folder = config.data, config.data.folder
@@ -69,8 +71,10 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     jobs, broken = plan_jobs(clips, data, digest_of([*_files(text), *_files(encoders)], config.model.dtype))
     _make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
-    _encode_captions(config, text, captions, [job.caption for job in todo.values()], on_progress)
-    broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
+    with out_of_memory_told("the text model", 'device = "cpu" for this command'):
+        _encode_captions(config, text, captions, [job.caption for job in todo.values()], on_progress)
+    with out_of_memory_told("the encoders", "smaller buckets"):
+        broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
     for where, reason in broken:
         logger.warning("%s is left out: %s", where, reason)
     there = [job for job in jobs if (folder / job.file).exists()]

@@ -24,6 +24,7 @@ from diffsynth.training.adapters import TrainableLora
 from diffsynth.training.batches import BatchPlan, random_source
 from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.config import DTYPES, TrainConfig
+from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.metrics import LossMeans, open_metrics
 from diffsynth.training.samples import Sample, SampleEntry, read_index, save_tensors
 from diffsynth.training.schedule import ScheduleName
@@ -78,6 +79,7 @@ def train(
         RequestError: settings that cannot work, an earlier run in the folder, or none with ``resume``.
         CheckpointError: the model or the samples cannot be read.
         OutputError: the output folder cannot be written to.
+        MemoryBudgetError: the device ran out of memory.
         Cancelled: it was stopped; the hint says how to go on.
         DiffSynthError: the loss is not a finite number any more.
     """
@@ -94,7 +96,9 @@ def train(
     run = TrainingRun(config, parts.dit, entries, MODEL_NAMES[opened.version], fingerprint)
     if state is not None:
         run.restore(TrainingState.load(state, fingerprint))
-    return run.go(checkpoints, on_step, should_stop)
+    smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
+    with out_of_memory_told("training", smaller):
+        return run.go(checkpoints, on_step, should_stop)
 
 
 class TrainingRun:

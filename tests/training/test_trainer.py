@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from diffsynth.conditioning.text import PromptContext
 from diffsynth.errors import Cancelled, CheckpointError, RequestError
 from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
+from diffsynth.training.samples import Sample, write_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
 from tests.pipelines.tiny import call, load, same
@@ -173,3 +175,29 @@ def test_constant_rate_may_train_longer(configured: Callable[..., TrainConfig]) 
     once = configured("once", training="steps = 2", **constant)
     train(once)
     assert equal(Checkpoints(longer.output.folder).state(2), Checkpoints(once.output.folder).state(2))
+
+
+def test_ltx_2_3(ltx_2_3: Path, configured: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Gated attention and modulated text: an adapter on them is marked as one of that model."""
+    random = torch.Generator().manual_seed(0)
+    sample = Sample(
+        video=torch.randn(1, 128, 2, 2, 2, generator=random),
+        audio=torch.randn(1, 8, 4, 16, generator=random),
+        context=PromptContext(
+            torch.randn(1, 6, 32, generator=random), torch.randn(1, 6, 16, generator=random)
+        ),
+        fps=24.0,
+    )
+    folder = tmp_path / "of 2.3"
+    folder.mkdir()
+    sample.save(folder / "a.safetensors", source="none", caption="noise")
+    write_index(folder, [sample.entry("a.safetensors", source="none", caption="noise")])
+    config = configured(
+        model=f'checkpoint = "{ltx_2_3}"\ndevice = "cpu"\ndtype = "float32"',
+        data=f'source = "clips"\nfolder = "{folder}"\nbuckets = ["64x64x9"]',
+        lora='rank = 2\ntargets = ["to_gate_logits", "attn2.to_k"]',
+        training="steps = 2\nlearning_rate = 1e-2",
+    )
+    tensors, metadata = content(train(config))
+    assert metadata["base_model"] == "LTX-2.3"
+    assert any(bool(tensor.any()) for name, tensor in tensors.items() if "logits.lora_B" in name)
