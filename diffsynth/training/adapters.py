@@ -87,10 +87,7 @@ class TrainableLora:
         }
 
     def updates(self, values: Mapping[str, Tensor] | None = None) -> dict[str, LoraUpdate]:
-        """What the factors do to each layer.
-
-        Args: values: instead of the factors themselves, by the names of :meth:`parameters`.
-        """
+        """What factors do to each layer: these, or ``values`` by the names of :meth:`parameters`."""
         values = self.parameters() if values is None else values
         return {
             name: LoraUpdate(

@@ -17,6 +17,8 @@ from diffsynth.training.strategy import StrategyConfig
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What the base computes in.  float16 is not among them: its gradients underflow."""
 
+LORA, FULL = "lora", "full"
+
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 
 
@@ -128,6 +130,7 @@ class TrainingSection:
     """The loop.
 
     Attributes:
+        mode: ``lora``, or ``full`` for all weights of the transformer, which then are float32.
         steps: of the optimiser.
         batch_size: samples of equal shapes per pass.
         gradient_accumulation: passes per step.
@@ -140,6 +143,7 @@ class TrainingSection:
         seed: decides the adapter's start, the order and all draws.
     """
 
+    mode: str = LORA
     steps: int = 2000
     batch_size: int = 1
     gradient_accumulation: int = 1
@@ -152,7 +156,9 @@ class TrainingSection:
     seed: int = 42
 
     def check(self) -> None:
-        """Raise RequestError, naming the setting, for a number out of its range."""
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        if self.mode not in {LORA, FULL}:
+            raise RequestError(f"mode={self.mode!r} is not known", hint=f"{LORA}, {FULL}")
         for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}={getattr(self, name)}", hint="1 or more")
@@ -223,3 +229,8 @@ class TrainConfig:
                 check()
             except RequestError as error:
                 raise RequestError(f"[{section}] {error.message}", hint=error.hint) from error
+        if self.training.mode == FULL and self.model.torch_dtype != torch.float32:
+            raise RequestError(
+                f"[training] mode={FULL!r} with [model] dtype={self.model.dtype!r}: steps are lost",
+                hint='dtype = "float32"',
+            )

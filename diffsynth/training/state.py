@@ -137,9 +137,9 @@ class Checkpoints:
         """Where the state after a step lies."""
         return self.folder / f"training_state_step_{step:05d}.safetensors"
 
-    def adapter(self, step: int, *, mean: bool = False) -> Path:
-        """Where the adapter after a step lies, or the running mean of the adapters."""
-        return self.folder / f"lora_{'mean_' if mean else ''}weights_step_{step:05d}.safetensors"
+    def result(self, name: str, step: int, *, mean: bool = False) -> Path:
+        """Where what is trained lies after a step, or its running mean; ``name`` is "lora" or "model"."""
+        return self.folder / f"{name}_{'mean_' if mean else ''}weights_step_{step:05d}.safetensors"
 
     def states(self) -> dict[int, Path]:
         """The states that are there, by step, ascending."""

@@ -1,4 +1,4 @@
-"""The loop: samples in, an adapter out, bit for bit the same whether or not it was stopped on the way."""
+"""The loop: samples in, an adapter or a checkpoint out; stopped on the way or not, with the same bits."""
 
 import json
 import logging
@@ -15,21 +15,21 @@ from torch import Tensor
 from diffsynth import __version__
 from diffsynth.device import resolve_device
 from diffsynth.errors import Cancelled, DiffSynthError
-from diffsynth.loader import ModelConfig
-from diffsynth.lora.official import official_metadata, official_tensors
+from diffsynth.loader import ModelConfig, NetworkKind
 from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.pipelines.assemble import MODEL_NAMES, open_models
 from diffsynth.pipelines.prompt_cache import digest_of
 from diffsynth.training.adapters import TrainableLora
 from diffsynth.training.batches import BatchPlan, random_source
 from diffsynth.training.checkpointing import checkpointed_blocks
-from diffsynth.training.config import DTYPES, TrainConfig
+from diffsynth.training.config import DTYPES, FULL, TrainConfig
 from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.metrics import LossMeans, open_metrics
-from diffsynth.training.samples import Sample, SampleEntry, read_index, save_tensors
+from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
 from diffsynth.training.strategy import Strategy
+from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def train(
     on_step: OnStep = silent,
     should_stop: Callable[[], bool] = never,
 ) -> Path:
-    """Train an adapter on the samples of :func:`~diffsynth.training.preprocess.preprocess`.
+    """Train an adapter, or all weights, on the samples of :func:`~diffsynth.training.preprocess.preprocess`.
 
     Args:
         config: see the configuration file.
@@ -73,7 +73,7 @@ def train(
         should_stop: asked after every step; on True the run is saved and ends.
 
     Returns:
-        The adapter of the last step, in the official key format.
+        The file of the last step: an adapter in the official key format, or a checkpoint.
 
     Raises:
         RequestError: settings that cannot work, an earlier run in the folder, or none with ``resume``.
@@ -93,7 +93,11 @@ def train(
     parts = opened.load(resolve_device(config.model.device), config.model.torch_dtype).parts
     parts.require(["dit"])
     assert parts.dit is not None
-    run = TrainingRun(config, parts.dit, entries, MODEL_NAMES[opened.version], fingerprint)
+    if config.training.mode == FULL:
+        trained: Trained = TrainedModel(parts.dit, opened.networks[NetworkKind.TRANSFORMER])
+    else:
+        trained = TrainedLora(_adapter(config, parts.dit), MODEL_NAMES[opened.version])
+    run = TrainingRun(config, parts.dit, trained, entries, fingerprint)
     if state is not None:
         run.restore(TrainingState.load(state, fingerprint))
     smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
@@ -101,33 +105,37 @@ def train(
         return run.go(checkpoints, on_step, should_stop)
 
 
+def _adapter(config: TrainConfig, network: LTX2Transformer) -> TrainableLora:
+    lora = config.lora
+    return TrainableLora(
+        network,
+        lora.targets,
+        rank=lora.rank,
+        alpha=lora.rank if lora.alpha is None else lora.alpha,
+        generator=random_source(config.training.seed, "adapter"),
+    )
+
+
 class TrainingRun:
-    """A network with its adapter, its optimiser and its place in the data."""
+    """A network with what is trained of it, the optimiser, and the place in the data."""
 
     def __init__(
         self,
         config: TrainConfig,
         network: LTX2Transformer,
+        trained: Trained,
         entries: Sequence[SampleEntry],
-        base_model: str,
         fingerprint: Fingerprint,
     ) -> None:
         self.config = config
         self.step = 0
         self._network = network
+        self._trained = trained
         self._entries = entries
-        self._base_model = base_model
         self._fingerprint = fingerprint
         self._device = network.patchify_proj.weight.device
-        training, lora = config.training, config.lora
-        self.lora = TrainableLora(
-            network,
-            lora.targets,
-            rank=lora.rank,
-            alpha=lora.rank if lora.alpha is None else lora.alpha,
-            generator=random_source(training.seed, "adapter"),
-        )
-        self.parameters = self.lora.parameters()
+        training = config.training
+        self.parameters = trained.parameters()
         self._optimiser = torch.optim.AdamW(
             self.parameters.values(),
             lr=training.learning_rate,
@@ -173,8 +181,8 @@ class TrainingRun:
         finally:
             for sink in metrics:
                 sink.close()
-            self.lora.detach()
-        return self.save_adapters(checkpoints)
+            self._trained.detach()
+        return self.save_results(checkpoints)
 
     def advance(self) -> dict[str, float]:
         """One step of the optimiser.
@@ -227,29 +235,29 @@ class TrainingRun:
                 value.lerp_(self.parameters[name], 1 - keep)
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write the state, then the adapters; older states are dropped last, so one is always there."""
+        """Write the state, then the results; older states are dropped last, so one is always there."""
         state = TrainingState.of(self.step, self.parameters, self._optimiser, self._mean)
         state.save(checkpoints.state(self.step), self._fingerprint)
-        self.save_adapters(checkpoints)
+        self.save_results(checkpoints)
         checkpoints.drop_older_states(self.step)
 
-    def save_adapters(self, checkpoints: Checkpoints) -> Path:
-        """Write what is not there yet of the adapter of this step and of the mean.
+    def save_results(self, checkpoints: Checkpoints) -> Path:
+        """Write what is not there yet of the result of this step and of the mean.
 
-        Returns: the adapter.
+        Returns: the result.
         """
-        path = checkpoints.adapter(self.step)
-        self._write_adapter(path, None)
+        name, values = self._trained.name, {n: p.detach() for n, p in self.parameters.items()}
+        path = checkpoints.result(name, self.step)
+        self._write(path, values)
         if self._mean:
-            self._write_adapter(checkpoints.adapter(self.step, mean=True), self._mean)
+            self._write(checkpoints.result(name, self.step, mean=True), self._mean)
         return path
 
-    def _write_adapter(self, path: Path, values: Mapping[str, Tensor] | None) -> None:
+    def _write(self, path: Path, values: Mapping[str, Tensor]) -> None:
         if path.exists():
             return
-        tensors = official_tensors(self.lora.updates(values), DTYPES[self.config.output.dtype])
         record = {"diffsynth": __version__, "step": self.step, **_settings(self.config)}
-        save_tensors(path, tensors, official_metadata(self._base_model, record))
+        self._trained.save(path, values, DTYPES[self.config.output.dtype], record)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

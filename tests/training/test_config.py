@@ -53,6 +53,14 @@ def test_everything_that_can_be_stated(tmp_path: Path) -> None:
         ),
         ({"output": "folder = 3"}, r"run.toml:13: folder=3 is no path"),
         ({"training": "steps = 0"}, r"\[training\] steps=0"),
+        ({"training": 'mode = "loar"'}, r"\[training\] mode='loar'"),
+        (
+            {
+                "model": 'checkpoint = "x"\ndtype = "bfloat16"',
+                "training": 'mode = "full"',
+            },
+            r"mode='full' with .*float32",
+        ),
         ({"schedule": 'name = "step"'}, r"\[schedule\] name='step'"),
         ({"data": 'source = "y"\nfolder = "x"\nbuckets = ["60x64x9"]'}, r"\[data\] bucket '60x64x9'"),
         ({"training": "steps = "}, r"line 18"),

@@ -19,7 +19,7 @@ from diffsynth.training.preprocess import preprocess
 from diffsynth.training.samples import Sample, write_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
-from tests.pipelines.tiny import call, load, same
+from tests.pipelines.tiny import DEV, GEMMA, call, load, same
 from tests.training.clips import write_config, write_data_set
 from tests.training.narrow import write_narrow, write_samples
 
@@ -65,12 +65,15 @@ def equal(first: Path, second: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("lora", "float32"), ("lora", "bfloat16"), ("model", "float32")]
+)
 def test_stopped_and_resumed_is_equal_in_every_bit(
-    configured: Callable[..., TrainConfig], precision: str
+    configured: Callable[..., TrainConfig], name: str, precision: str
 ) -> None:
     strategy = '[[strategy.conditions]]\ntype = "first_frame"\nprobability = 0.5'
-    sections = {"precision": precision, "strategy": strategy}
+    training = SHORT + ('\nmode = "full"' if name == "model" else "")
+    sections = {"precision": precision, "strategy": strategy, "training": training}
     unbroken = configured("unbroken", **sections)
     train(unbroken)
     broken, seen = configured("broken", **sections), list[TrainingStep]()
@@ -82,9 +85,9 @@ def test_stopped_and_resumed_is_equal_in_every_bit(
     one, two = Checkpoints(unbroken.output.folder), Checkpoints(broken.output.folder)
     assert list(one.states()) == list(two.states()) == [6]
     assert equal(one.state(6), two.state(6))
-    assert equal(one.adapter(6), two.adapter(6))
-    assert equal(one.adapter(6, mean=True), two.adapter(6, mean=True))
-    assert not equal(one.adapter(6), one.adapter(4))
+    assert equal(one.result(name, 6), two.result(name, 6))
+    assert equal(one.result(name, 6, mean=True), two.result(name, 6, mean=True))
+    assert not equal(one.result(name, 6), one.result(name, 4))
 
 
 def test_metrics_go_on_after_the_stop(configured: Callable[..., TrainConfig]) -> None:
@@ -133,6 +136,25 @@ def test_from_clips_to_the_pipeline(tmp_path: Path) -> None:
     assert not same(call(pipe), before)
     pipe.clear_lora()
     assert same(call(pipe), before)
+
+
+def test_all_weights_become_a_checkpoint(tmp_path: Path) -> None:
+    """It holds the other networks as they were, and generates."""
+    write_data_set(tmp_path)
+    training = 'mode = "full"\nsteps = 2\nlearning_rate = 1e-3'
+    config = read_config(write_config(tmp_path, training=training))
+    preprocess(config)
+    checkpoint = train(config)
+    assert checkpoint.name == "model_weights_step_00002.safetensors"
+    (tensors, metadata), (others, stated) = content(checkpoint), content(DEV)
+    assert metadata["config"] == stated["config"]
+    assert metadata["model_version"] == stated["model_version"]
+    assert tensors.keys() == others.keys()
+    changed = {key for key in others if not torch.equal(tensors[key], others[key].to(tensors[key].dtype))}
+    assert "model.diffusion_model.transformer_blocks.0.ff.net.2.weight" in changed
+    assert all(key.startswith("model.diffusion_model.") and "_connector." not in key for key in changed)
+    made = call(load(checkpoint, GEMMA, stage2_lora=None))
+    assert not same(made, call(load(DEV, GEMMA, stage2_lora=None)))
 
 
 @pytest.mark.parametrize(
