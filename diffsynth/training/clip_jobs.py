@@ -74,7 +74,9 @@ def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket]) -> Bucket:
 
 def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
     if clip.caption is None:
-        raise RequestError(f"{clip.path.name} has no caption", hint="a caption in the list, or a .txt file")
+        raise RequestError(
+            f"{clip.path.name} has no readable caption", hint="one in the list, or a .txt file"
+        )
     info = probe_video(clip.path, argument="clip")
     if data.audio and clip.sound is None and not info.has_audio:
         raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")

@@ -69,7 +69,10 @@ def _in_folder(folder: Path) -> list[ClipSource]:
 
 def _text_beside(clip: Path) -> str | None:
     beside = clip.with_suffix(".txt")
-    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+    try:
+        return beside.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):  # one such clip is named later, and the others go on
+        return None
 
 
 def _rows(source: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
@@ -80,10 +83,19 @@ def _rows(source: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
             return [(table.line_num, row) for row in table]
         case ".jsonl":
             lines = enumerate(text.splitlines(), 1)
-            return [(number, json.loads(line)) for number, line in lines if line.strip()]
+            return [(number, _parsed(source, number, line)) for number, line in lines if line.strip()]
         case ".json":
             return list(enumerate(json.loads(text), 1))
     raise RequestError(f"{source} is of no known kind", hint="a folder, or a CSV, JSON or JSONL file")
+
+
+def _parsed(source: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise RequestError(
+            f"{source.name}:{number} is no JSON: {error}", hint="one object per line"
+        ) from error
 
 
 def _clip(source: Path, number: int, row: Any) -> ClipSource:

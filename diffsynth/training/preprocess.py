@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 CAPTIONS = "captions"
 """Folder of the encoded captions beside the samples: other sizes need no text model."""
+
+T = TypeVar("T")
 
 _TEXT = ("text_encoder", "text_encoder_post_modules")
 
@@ -68,7 +71,8 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     opened = _open(config)
     text, encoders = opened.only(_TEXT), opened.only(_encoders(data))
     captions = PromptCache(folder / CAPTIONS, files=_files(text), settings=config.model.dtype)
-    jobs, broken = plan_jobs(clips, data, digest_of([*_files(text), *_files(encoders)], config.model.dtype))
+    models = digest_of([*_files(text), *_files(encoders)], config.model.dtype)
+    jobs, broken = plan_jobs(_told("look at clips", clips, on_progress), data, models)
     _make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
     with out_of_memory_told("the text model", 'device = "cpu" for this command'):
@@ -126,6 +130,14 @@ def _loaded(config: TrainConfig, opened: OpenedModels, names: Sequence[str]) -> 
         backend_for(device).empty_cache()
 
 
+def _told(phase: str, items: Sequence[T], on_progress: OnProgress) -> Iterator[T]:
+    """The items one by one, each announced before it is worked on."""
+    for done, item in enumerate(items):
+        on_progress(Progress(phase=phase, done=done, total=len(items)))
+        yield item
+    on_progress(Progress(phase=phase, done=len(items), total=len(items)))
+
+
 def _encode_captions(
     config: TrainConfig,
     opened: OpenedModels,
@@ -138,10 +150,8 @@ def _encode_captions(
         return
     with _loaded(config, opened, _TEXT) as parts:
         parts.prompt_cache = cache
-        for done, caption in enumerate(missing):
-            on_progress(Progress(phase="encode captions", done=done, total=len(missing)))
+        for caption in _told("encode captions", missing, on_progress):
             encode_with(parts, [caption])
-        on_progress(Progress(phase="encode captions", done=len(missing), total=len(missing)))
 
 
 def _encode_clips(
@@ -156,15 +166,13 @@ def _encode_clips(
     if not jobs:
         return broken
     with _loaded(config, opened, _encoders(config.data)) as parts:
-        for done, job in enumerate(jobs):
-            on_progress(Progress(phase="encode clips", done=done, total=len(jobs)))
+        for job in _told("encode clips", jobs, on_progress):
             try:
                 sample = _encode(config.data, parts, captions, job)
             except RequestError as error:
                 broken.append((job.clip.where, str(error)))
                 continue
             sample.save(config.data.folder / job.file, source=str(job.clip.path), caption=job.caption)
-        on_progress(Progress(phase="encode clips", done=len(jobs), total=len(jobs)))
     return broken
 
 

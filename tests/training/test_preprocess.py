@@ -21,7 +21,7 @@ def test_samples_are_made_once(tmp_path: Path) -> None:
     told: list[Progress] = []
     report = preprocess(config, told.append)
     assert (report.made, report.kept, report.broken) == (2, 0, ())
-    assert {event.phase for event in told} == {"encode captions", "encode clips"}
+    assert {event.phase for event in told} == {"look at clips", "encode captions", "encode clips"}
     first, second = read_index(config.data.folder)
     assert (first.video_shape, first.audio_shape, first.fps) == ((128, 2, 2, 2), (8, 9, 16), FPS)
     assert first.caption == "a red square moves right 0"
@@ -68,7 +68,7 @@ def test_broken_clips_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert "cannot be read" in reasons["list.jsonl:2"]
     assert "5 frames" in reasons["list.jsonl:3"]
     assert "no sound track" in reasons["list.jsonl:4"]
-    assert "no caption" in reasons["list.jsonl:5"]
+    assert "no readable caption" in reasons["list.jsonl:5"]
 
 
 def test_bucket_nearest_in_aspect(tmp_path: Path) -> None:
@@ -85,6 +85,14 @@ def test_bucket_nearest_in_aspect(tmp_path: Path) -> None:
     (entry,) = read_index(config.data.folder)
     assert (entry.video_shape, entry.audio_shape) == ((128, 3, 2, 4), None)
     assert entry.caption == "TOK wide"
+
+
+def test_unreadable_caption_beside_a_clip(tmp_path: Path) -> None:
+    clips = write_data_set(tmp_path)
+    write_clip(clips / "b.mp4").with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    report = preprocess(read_config(write_config(tmp_path)))
+    assert report.made == 1
+    assert [where for where, _ in report.broken] == [str(clips / "b.mp4")]
 
 
 def test_nothing_to_use(tmp_path: Path) -> None:
@@ -107,6 +115,9 @@ def test_lists_in_every_format(tmp_path: Path) -> None:
     assert (clip.path, clip.caption, clip.sound) == (tmp_path / "a, b.mp4", "x, y", tmp_path / "s.wav")
     (clip,) = find_clips(tmp_path / "a.json")
     assert (clip.path.name, clip.caption, clip.sound) == ("b.mp4", "y", None)
+    (tmp_path / "bad.jsonl").write_text('{"video": "a.mp4"}\n{')
+    with pytest.raises(RequestError, match=r"bad\.jsonl:2 is no JSON"):
+        find_clips(tmp_path / "bad.jsonl")
     (tmp_path / "a.txt").write_text("a.mp4")
     for name in ("a.txt", "no.csv"):
         with pytest.raises(RequestError, match=name):
