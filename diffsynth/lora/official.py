@@ -37,11 +37,18 @@ def official_tensors(
     return tensors
 
 
-def official_metadata(base_model: str, record: Mapping[str, object]) -> dict[str, str]:
+def official_metadata(
+    base_model: str, record: Mapping[str, object], reference_factor: int | None = None
+) -> dict[str, str]:
     """The metadata of a file.
 
     Args:
         base_model: "LTX-2" or "LTX-2.3"; :func:`~diffsynth.lora.file.read_lora` warns on the other one.
         record: what made the file, ready for JSON; kept under ``training``.
+        reference_factor: size of the video / size of its reference clips, for an in-context LoRA.
     """
-    return {"format": "pt", "base_model": base_model, "training": json.dumps(record, ensure_ascii=False)}
+    stated = {"format": "pt", "base_model": base_model, "training": json.dumps(record, ensure_ascii=False)}
+    if reference_factor is None:
+        return stated
+    names = ("reference_downscale_factor", "reference_spatial_scale_factor")
+    return stated | dict.fromkeys(names, str(reference_factor)) | {"reference_temporal_scale_factor": "1"}

@@ -81,13 +81,37 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
     if data.audio and clip.sound is None and not info.has_audio:
         raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")
     bucket = choose_bucket(info, data.sizes)
+    reference = _reference(clip, bucket) if data.reference_scale else None
     caption = f"{data.trigger} {clip.caption}".strip()
     fps = float(info.fps)
-    facts = [FORMAT_VERSION, models, caption, astuple(bucket), fps, data.video, data.audio]
+    facts = [
+        FORMAT_VERSION,
+        models,
+        caption,
+        astuple(bucket),
+        fps,
+        data.video,
+        data.audio,
+        data.reference_scale,
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for file in (clip.path, *([clip.sound] if clip.sound and data.audio else [])):
+    for file in (clip.path, clip.sound if data.audio else None, reference):
+        if file is None:
+            digest.update(b"none")
+            continue
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return ClipJob(
         clip=clip, caption=caption, bucket=bucket, fps=fps, file=f"{digest.hexdigest()[:40]}.safetensors"
     )
+
+
+def _reference(clip: ClipSource, bucket: Bucket) -> Path:
+    if clip.reference is None:
+        raise RequestError(f"{clip.path.name} has no reference clip", hint="reference_scale = 0 in [data]")
+    num_frames = probe_video(clip.reference, argument="reference").num_frames
+    if num_frames < bucket.frames:
+        raise RequestError(
+            f"its reference has {num_frames} of {bucket.frames} frames", hint="clips of equal length"
+        )
+    return clip.reference

@@ -13,6 +13,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".g
 CAPTION_KEYS = ("caption", "prompt")
 CLIP_KEYS = ("video", "media_path", "path", "file_name")
 SOUND_KEYS = ("audio", "input_audio")
+REFERENCE_KEYS = ("reference", "reference_video", "in_context_videos")
 """Column names of the official trainer, of DiffSynth-Studio and of Hugging Face data sets."""
 
 
@@ -24,21 +25,23 @@ class ClipSource:
         path: of the video.
         caption: what it shows and how it sounds; None where it is missing.
         sound: a file with the sound, instead of the track of the video.
+        reference: a clip that the video is to be made after, frame by frame.
         where: place in the list, for messages.
     """
 
     path: Path
     caption: str | None
     sound: Path | None
+    reference: Path | None
     where: str
 
 
 def find_clips(source: Path) -> list[ClipSource]:
     """The clips of a CSV, JSON or JSONL file or of a folder, in their order (a folder's by name).
 
-    A table needs a column for the clip (:data:`CLIP_KEYS`) and one for the caption (:data:`CAPTION_KEYS`),
-    and may have one for the sound (:data:`SOUND_KEYS`); paths count from its folder.  In a folder the caption
-    of ``NAME.mp4`` is the text of ``NAME.txt``.
+    A table needs a column for the clip (:data:`CLIP_KEYS`) and one for the caption (:data:`CAPTION_KEYS`); it
+    may have one for the sound (:data:`SOUND_KEYS`) and one for a reference (:data:`REFERENCE_KEYS`).  Paths
+    count from its folder.  In a folder the caption of ``NAME.mp4`` is the text of ``NAME.txt``.
 
     Raises:
         RequestError: no such file or folder, one that cannot be read, or without clips.
@@ -64,7 +67,10 @@ def find_clips(source: Path) -> list[ClipSource]:
 
 def _in_folder(folder: Path) -> list[ClipSource]:
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    return [ClipSource(path=path, caption=_text_beside(path), sound=None, where=str(path)) for path in clips]
+    return [
+        ClipSource(path=path, caption=_text_beside(path), sound=None, reference=None, where=str(path))
+        for path in clips
+    ]
 
 
 def _text_beside(clip: Path) -> str | None:
@@ -102,13 +108,15 @@ def _clip(source: Path, number: int, row: Any) -> ClipSource:
     where = f"{source.name}:{number}"
     if not isinstance(row, Mapping):
         raise RequestError(f"{where} is no object", hint='{"video": "a.mp4", "caption": "..."}')
-    path, caption, sound = (_first(row, keys) for keys in (CLIP_KEYS, CAPTION_KEYS, SOUND_KEYS))
+    path, caption = _first(row, CLIP_KEYS), _first(row, CAPTION_KEYS)
+    sound, reference = _first(row, SOUND_KEYS), _first(row, REFERENCE_KEYS)
     if path is None:
         raise RequestError(f"{where} names no clip", hint=f"a column {' or '.join(CLIP_KEYS)}")
     return ClipSource(
         path=source.parent / path,
         caption=caption,
         sound=None if sound is None else source.parent / sound,
+        reference=None if reference is None else source.parent / reference,
         where=where,
     )
 

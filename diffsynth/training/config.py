@@ -86,6 +86,8 @@ class DataSection:
         trigger: put in front of every caption.
         video: make latents of the pictures.
         audio: make latents of the sound; clips without a sound track are left out and named.
+        reference_scale: width and height of the clips, divided by those of their reference clips; 0 without
+            references.
     """
 
     source: Path
@@ -94,6 +96,7 @@ class DataSection:
     trigger: str = ""
     video: bool = True
     audio: bool = True
+    reference_scale: int = 0
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
@@ -101,6 +104,20 @@ class DataSection:
         if not self.buckets:
             raise RequestError("buckets is empty", hint='buckets = ["768x512x97"]')
         return tuple(Bucket.parse(text) for text in self.buckets)
+
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        scale, cell = self.reference_scale, VIDEO_SCALE[1]
+        if scale < 0 or (scale and not self.video):
+            raise RequestError(
+                f"reference_scale={scale}, video={self.video}", hint="reference_scale = 1, video = true"
+            )
+        for bucket in self.sizes:
+            if scale and (bucket.width % (cell * scale) or bucket.height % (cell * scale)):
+                raise RequestError(
+                    f"bucket {bucket.width}x{bucket.height} with reference_scale={scale}",
+                    hint=f"width and height multiples of {cell * scale}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +233,7 @@ class TrainConfig:
         """
         checks: dict[str, Callable[[], object]] = {
             "model": lambda: self.model.torch_dtype,
-            "data": lambda: self.data.sizes,
+            "data": self.data.check,
             "output": self.output.check,
             "strategy": self.strategy.check,
             "sigmas": self.sigmas.make,
@@ -229,6 +246,10 @@ class TrainConfig:
                 check()
             except RequestError as error:
                 raise RequestError(f"[{section}] {error.message}", hint=error.hint) from error
+        if self.strategy.reference_probability and not self.data.reference_scale:
+            raise RequestError(
+                "[strategy] reference_probability without [data] reference_scale", hint="reference_scale = 1"
+            )
         if self.training.mode == FULL and self.model.torch_dtype != torch.float32:
             raise RequestError(
                 f"[training] mode={FULL!r} with [model] dtype={self.model.dtype!r}: steps are lost",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from diffsynth.conditioning.tokens import audio_latent_frames
 from diffsynth.device import backend_for, resolve_device
@@ -28,7 +29,7 @@ from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
 from diffsynth.pipelines.units import encode_with
 from diffsynth.training.clip_jobs import ClipJob, plan_jobs
 from diffsynth.training.clips import find_clips
-from diffsynth.training.config import DataSection, TrainConfig
+from diffsynth.training.config import Bucket, DataSection, TrainConfig
 from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.samples import Sample, entry_of, write_index
 from diffsynth.utils.audio import read_audio
@@ -182,18 +183,26 @@ def _encode(data: DataSection, parts: Parts, captions: PromptCache, job: ClipJob
         raise OutputError(
             f"{captions.path(job.caption)} could not be kept", hint=f"free space in {data.folder}"
         )
-    bucket, video, audio = job.bucket, None, None
+    bucket, video, audio, reference = job.bucket, None, None, None
     if parts.video_vae_encoder is not None:
-        frames = read_video(job.clip.path, frame_cap=bucket.frames, argument="clip").frames
-        if len(frames) < bucket.frames:
-            raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
-        pixels = fit_frames(frames, bucket.height, bucket.width)
-        encoder = parts.video_vae_encoder
-        video = encode_tiled(encoder, pixels, TileConfig(), device=parts.device, dtype=parts.dtype).float()
+        video = _encode_video(parts, job.clip.path, bucket)
+        if data.reference_scale and job.clip.reference is not None:
+            reference = _encode_video(parts, job.clip.reference, bucket, data.reference_scale)
     if parts.audio_vae_encoder is not None:
         duration_s = bucket.frames / job.fps
         sound = read_audio(job.sound, 0.0, duration_s, argument="clip").to_stereo()
         sound = sound.fit(round(duration_s * sound.sampling_rate))
         length = audio_latent_frames(bucket.frames, job.fps)
         audio = encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
-    return Sample(video=video, audio=audio, context=context, fps=job.fps)
+    return Sample(video=video, audio=audio, context=context, fps=job.fps, reference=reference)
+
+
+def _encode_video(parts: Parts, path: Path, bucket: Bucket, scale: int = 1) -> Tensor:
+    """The beginning of a clip at the size of the bucket, divided by ``scale``: (1, C, F, H, W) float32."""
+    encoder = parts.video_vae_encoder
+    assert encoder is not None
+    frames = read_video(path, frame_cap=bucket.frames, argument="clip").frames
+    if len(frames) < bucket.frames:
+        raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
+    pixels = fit_frames(frames, bucket.height // scale, bucket.width // scale)
+    return encode_tiled(encoder, pixels, TileConfig(), device=parts.device, dtype=parts.dtype).float()

@@ -20,6 +20,12 @@ from diffsynth.utils.files import atomic_file, write_file
 
 FORMAT = "diffsynth sample 1"
 INDEX = "index.json"
+_SHAPES = {
+    "video_shape": "video_latent",
+    "audio_shape": "audio_latent",
+    "reference_shape": "reference_latent",
+}
+"""Name in the index -> tensor of the file."""
 _AGAIN = "run `diffsynth preprocess` with this configuration"
 
 
@@ -33,6 +39,7 @@ class SampleEntry:
         caption: as it was encoded.
         video_shape: (C, F, H, W) of the latent; None without pictures.
         audio_shape: (C, T, M); None without sound.
+        reference_shape: (C, F, H, W) of the latent of a reference clip; None without one.
         fps: frames per second of the clip.
     """
 
@@ -42,25 +49,27 @@ class SampleEntry:
     video_shape: tuple[int, ...] | None
     audio_shape: tuple[int, ...] | None
     fps: float
+    reference_shape: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From JSON.  Raises TypeError for other keys."""
-        shapes = {
-            name: None if values.get(name) is None else tuple(values[name])
-            for name in ("video_shape", "audio_shape")
-        }
+        shapes = {name: None if values.get(name) is None else tuple(values[name]) for name in _SHAPES}
         return cls(**{**values, **shapes})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """Latents, normalised, float32: ``video`` (1, C, F, H, W), ``audio`` (1, C, T, M); and the context."""
+    """Latents, normalised, float32: ``video`` (1, C, F, H, W), ``audio`` (1, C, T, M); and the context.
+
+    ``reference`` (1, C, F, H', W') is that of a clip that the video is made after.
+    """
 
     video: Tensor | None
     audio: Tensor | None
     context: PromptContext
     fps: float
+    reference: Tensor | None = None
 
     def save(self, path: Path, *, source: str, caption: str) -> None:
         """Write a file, complete or not at all; contexts keep their dtype.
@@ -71,6 +80,7 @@ class Sample:
         named = {
             "video_latent": self.video,
             "audio_latent": self.audio,
+            "reference_latent": self.reference,
             "video_context": self.context.video,
             "audio_context": self.context.audio,
         }
@@ -91,6 +101,7 @@ class Sample:
             audio=tensors.get("audio_latent"),
             context=PromptContext(tensors["video_context"], tensors["audio_context"]),
             fps=float(metadata["fps"]),
+            reference=tensors.get("reference_latent"),
         )
 
     def entry(self, file: str, *, source: str, caption: str) -> SampleEntry:
@@ -102,6 +113,7 @@ class Sample:
             video_shape=None if self.video is None else tuple(self.video.shape[1:]),
             audio_shape=None if self.audio is None else tuple(self.audio.shape[1:]),
             fps=self.fps,
+            reference_shape=None if self.reference is None else tuple(self.reference.shape[1:]),
         )
 
 
@@ -116,7 +128,7 @@ def entry_of(path: Path) -> SampleEntry:
             metadata = file.metadata() or {}
             shapes = {
                 name: tuple(file.get_slice(key).get_shape())[1:] if key in file.keys() else None  # noqa: SIM118
-                for name, key in (("video_shape", "video_latent"), ("audio_shape", "audio_latent"))
+                for name, key in _SHAPES.items()
             }
             return SampleEntry(
                 file=path.name,

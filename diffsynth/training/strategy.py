@@ -4,13 +4,13 @@ B batch, T tokens, C channels.  Source: the flexible strategy of the official LT
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from diffsynth.conditioning.tokens import audio_positions, patchify, video_positions
+from diffsynth.conditioning.tokens import audio_positions, patchify, reference_positions, video_positions
 from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.models.ltx2.transformer import LTX2Transformer, Modality
 from diffsynth.training.conditions import AUDIO, VIDEO, Condition, draw_mask
@@ -40,11 +40,14 @@ class StrategyConfig:
     Attributes:
         video, audio: one of :class:`Role` each.
         conditions: regions of a generated modality that are given.
+        reference_probability: of a batch having its reference clips, which are given beside the video
+            (IC-LoRA).
     """
 
     video: str = Role.GENERATE
     audio: str = Role.GENERATE
     conditions: tuple[Condition, ...] = ()
+    reference_probability: float = 0.0
 
     def check(self) -> None:
         """Make sure that something is learnt and that every condition has its modality.
@@ -58,6 +61,12 @@ class StrategyConfig:
                 raise RequestError(f"strategy {name}={role!r} is not known", hint=", ".join(Role))
         if Role.GENERATE not in (self.video, self.audio):
             raise RequestError("strategy: nothing is generated", hint='video = "generate"')
+        if not 0 <= self.reference_probability <= 1:
+            raise RequestError(
+                f"reference_probability={self.reference_probability}", hint="a number from 0 to 1"
+            )
+        if self.reference_probability and self.video != Role.GENERATE:
+            raise RequestError("reference clips for a video that is not generated", hint='video = "generate"')
         for condition in self.conditions:
             condition.check()
             if getattr(self, condition.modality) != Role.GENERATE:
@@ -130,6 +139,8 @@ class Strategy:
             places = [video_positions(_grid(latent), s.fps) for s in samples]
             context = torch.cat([s.context.video for s in samples])
             video = self._stream(VIDEO, latent, torch.cat(places), context, source, None, device)
+            if self._draws_reference(source):
+                video = _with_reference(video, samples)
         if self.config.audio != Role.NONE:
             latent = _stacked([s.audio for s in samples], AUDIO)
             positions = audio_positions(latent.shape[2], batch=len(samples))
@@ -154,6 +165,11 @@ class Strategy:
         return BatchLoss(
             total=total, video=_with_sigma(losses[0], video), audio=_with_sigma(losses[1], audio)
         )
+
+    def _draws_reference(self, source: Source) -> bool:
+        """One draw for the whole batch."""
+        probability = self.config.reference_probability
+        return bool(torch.rand(1, generator=source("reference")) < probability)
 
     def _stream(
         self,
@@ -185,6 +201,53 @@ class Strategy:
             context=context.to(device=device, dtype=self._dtype),
         )
         return TrainingStream(modality=modality, target=target, mask=mask.to(device), sigma=sigma.to(device))
+
+
+def reference_factor(video_shape: Sequence[int], reference_shape: Sequence[int]) -> int:
+    """Size of a video / size of its reference, from the shapes (C, F, H, W) of their latents.
+
+    Raises:
+        CheckpointError: not one whole number, or clips of different lengths.
+    """
+    factor = video_shape[2] // reference_shape[2]
+    if [*reference_shape[1:2], *(n * factor for n in reference_shape[2:])] != list(video_shape[1:]):
+        raise CheckpointError(
+            f"a reference of {tuple(reference_shape)} for a video of {tuple(video_shape)}",
+            hint="`diffsynth preprocess` with reference_scale",
+        )
+    return factor
+
+
+def _with_reference(stream: TrainingStream, samples: Sequence[Sample]) -> TrainingStream:
+    """The stream with the clean tokens of the reference clips in front: sigma 0, without loss."""
+    assert stream.target is not None, "references come with a generated video"
+    modality = stream.modality
+    latent = _stacked([s.reference for s in samples], "reference clip")
+    video = next(s.video for s in samples if s.video is not None)
+    factor = reference_factor(video.shape[1:], latent.shape[1:])
+    places = [reference_positions(_grid(latent), s.fps, downscale_factor=factor) for s in samples]
+    clean = patchify(latent).to(modality.latent)
+    batch, count = clean.shape[:2]
+
+    def before(value: Tensor, tokens: int) -> Tensor:
+        """Per-token values (B or 1, T or 1, n) with zeros for the reference."""
+        width = value.shape[-1]
+        return torch.cat([value.new_zeros(batch, count, width), value.expand(batch, tokens, width)], dim=1)
+
+    num_tokens = modality.latent.shape[1]
+    positions = torch.cat([torch.cat(places).to(modality.positions), modality.positions], dim=2)
+    with_reference = replace(
+        modality,
+        latent=torch.cat([clean, modality.latent], dim=1),
+        timesteps=before(modality.timesteps, num_tokens),
+        positions=positions,
+    )
+    return replace(
+        stream,
+        modality=with_reference,
+        target=before(stream.target, num_tokens),
+        mask=before(stream.mask, num_tokens),
+    )
 
 
 def _timesteps(mask: Tensor, sigma: Tensor) -> Tensor:

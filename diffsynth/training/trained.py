@@ -52,9 +52,11 @@ class TrainedLora:
 
     name: ClassVar[str] = "lora"
 
-    def __init__(self, lora: TrainableLora, base_model: str) -> None:
+    def __init__(self, lora: TrainableLora, base_model: str, reference_factor: int | None = None) -> None:
+        """The last two as in :func:`~diffsynth.lora.official.official_metadata`."""
         self.lora = lora
         self._base_model = base_model
+        self._reference_factor = reference_factor
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """See :class:`Trained`."""
@@ -65,7 +67,7 @@ class TrainedLora:
     ) -> None:
         """See :class:`Trained`."""
         tensors = official_tensors(self.lora.updates(values), dtype)
-        save_tensors(path, tensors, official_metadata(self._base_model, record))
+        save_tensors(path, tensors, official_metadata(self._base_model, record, self._reference_factor))
 
     def detach(self) -> None:
         """See :class:`Trained`."""

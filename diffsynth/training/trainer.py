@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsynth import __version__
 from diffsynth.device import resolve_device
-from diffsynth.errors import Cancelled, DiffSynthError
+from diffsynth.errors import Cancelled, CheckpointError, DiffSynthError
 from diffsynth.loader import ModelConfig, NetworkKind
 from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.pipelines.assemble import MODEL_NAMES, open_models
@@ -28,7 +28,7 @@ from diffsynth.training.metrics import LossMeans, open_metrics
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
-from diffsynth.training.strategy import Strategy
+from diffsynth.training.strategy import Strategy, reference_factor
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -96,13 +96,34 @@ def train(
     if config.training.mode == FULL:
         trained: Trained = TrainedModel(parts.dit, opened.networks[NetworkKind.TRANSFORMER])
     else:
-        trained = TrainedLora(_adapter(config, parts.dit), MODEL_NAMES[opened.version])
+        factor = _reference_factor(config, entries)
+        trained = TrainedLora(_adapter(config, parts.dit), MODEL_NAMES[opened.version], factor)
     run = TrainingRun(config, parts.dit, trained, entries, fingerprint)
     if state is not None:
         run.restore(TrainingState.load(state, fingerprint))
     smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
     with out_of_memory_told("training", smaller):
         return run.go(checkpoints, on_step, should_stop)
+
+
+def _reference_factor(config: TrainConfig, entries: Sequence[SampleEntry]) -> int | None:
+    """That of the samples, where references are trained on.
+
+    Raises:
+        CheckpointError: samples without a reference, or with different factors.
+    """
+    if not config.strategy.reference_probability:
+        return None
+    factors = set()
+    for entry in entries:
+        if entry.video_shape is None or entry.reference_shape is None:
+            raise CheckpointError(
+                f"{entry.source} has no reference clip", hint="`diffsynth preprocess` with reference_scale"
+            )
+        factors.add(reference_factor(entry.video_shape, entry.reference_shape))
+    if len(factors) > 1:
+        raise CheckpointError(f"references of the factors {sorted(factors)}", hint="one reference_scale")
+    return factors.pop()
 
 
 def _adapter(config: TrainConfig, network: LTX2Transformer) -> TrainableLora:

@@ -26,15 +26,16 @@ def network() -> LTX2Transformer:
 def make_sample() -> Callable[..., Sample]:
     """A sample of 2 x 2 x 3 video tokens and 5 audio tokens from a seed."""
 
-    def make(seed: int, *, rows: int = 2, fps: float = 24.0) -> Sample:
+    def make(seed: int, *, rows: int = 2, fps: float = 24.0, reference: bool = False) -> Sample:
         source = torch.Generator().manual_seed(seed)
         return Sample(
-            video=torch.randn(1, 128, 2, rows, 3, generator=source),
+            video=torch.randn(1, 128, 2, rows, rows if reference else 3, generator=source),
             audio=torch.randn(1, 8, 5, 16, generator=source),
             context=PromptContext(
                 torch.randn(1, 7, 16, generator=source), torch.randn(1, 7, 16, generator=source)
             ),
             fps=fps,
+            reference=torch.randn(1, 128, 2, 1, 1, generator=source) if reference else None,
         )
 
     return make

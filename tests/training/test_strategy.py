@@ -1,6 +1,7 @@
 """Passes of training steps: what the network reads, and the loss by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,35 @@ def test_given_sound_is_clean_and_not_in_the_loss(network: LTX2Transformer, make
     torch.testing.assert_close(loss.total, loss.video[0][0])
 
 
+def test_reference_is_clean_in_front_and_not_in_the_loss(network: LTX2Transformer, make_sample: Make) -> None:
+    samples = [make_sample(1, reference=True), make_sample(2, reference=True)]
+    first = Condition(type="first_frame")
+    given = strategy(reference_probability=1.0, conditions=(first,))
+    video, audio = streams(given, samples)
+    plain, _ = streams(strategy(conditions=(first,)), samples)
+    modality = video.modality
+    assert samples[0].reference is not None
+    assert torch.equal(modality.latent[:1, :2], patchify(samples[0].reference))
+    assert torch.equal(modality.latent[:, 2:], plain.modality.latent)
+    assert torch.equal(modality.timesteps[:, 2:], plain.modality.timesteps)
+    assert not modality.timesteps[:, :2].any()
+    cells = [[[0, 1 / 24], [1 / 24, 0.375]], [[0, 64.0]] * 2, [[0, 64.0]] * 2]
+    torch.testing.assert_close(modality.positions[0, :, :2], torch.tensor(cells))
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+        predicted = network(modality, audio.modality)[0]
+    assert video.target is not None
+    assert loss.video is not None
+    by_hand = ((predicted - video.target)[:, 2 + 4 :] ** 2).mean(dim=(1, 2))
+    torch.testing.assert_close(loss.video[0], by_hand)
+
+
+def test_reference_of_another_aspect_is_refused(make_sample: Make) -> None:
+    wide = replace(make_sample(1), reference=torch.zeros(1, 128, 2, 1, 1))
+    with pytest.raises(CheckpointError, match="a reference of"):
+        strategy(reference_probability=1.0).streams([wide], source, CPU)
+
+
 @pytest.mark.parametrize("absent", ["video", "audio"])
 def test_one_modality_alone(network: LTX2Transformer, make_sample: Make, absent: str) -> None:
     given = strategy(**{absent: "none"})
@@ -108,6 +138,7 @@ def test_one_modality_alone(network: LTX2Transformer, make_sample: Make, absent:
     [
         {"video": "made"},
         {"video": "given", "audio": "none"},
+        {"video": "given", "reference_probability": 1.0},
         {"video": "none", "conditions": (Condition(type="first_frame"),)},
         {"audio": "given", "conditions": (Condition(type="prefix", modality="audio"),)},
     ],

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from diffsynth.conditioning.text import PromptContext
 from diffsynth.errors import Cancelled, CheckpointError, RequestError
+from diffsynth.lora import linear_shapes, read_lora
 from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
@@ -20,7 +21,7 @@ from diffsynth.training.samples import Sample, write_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
 from tests.pipelines.tiny import DEV, GEMMA, call, load, same
-from tests.training.clips import write_config, write_data_set
+from tests.training.clips import write_clip, write_config, write_data_set
 from tests.training.narrow import write_narrow, write_samples
 
 SHORT = "steps = 6\nbatch_size = 2\ngradient_accumulation = 2\nlearning_rate = 1e-3\nema_decay = 0.5"
@@ -136,6 +137,41 @@ def test_from_clips_to_the_pipeline(tmp_path: Path) -> None:
     assert not same(call(pipe), before)
     pipe.clear_lora()
     assert same(call(pipe), before)
+
+
+def test_running_mean(configured: Callable[..., TrainConfig]) -> None:
+    config = configured(
+        training="steps = 3\nlearning_rate = 1e-2\nema_decay = 0.75",
+        output='folder = "run"\nsave_every = 1\ndtype = "float32"',
+    )
+    train(config)
+    files = Checkpoints(config.output.folder)
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.weight"
+    mean = torch.zeros(())  # where every up factor starts
+    for step in (1, 2, 3):
+        mean = 0.75 * mean + 0.25 * content(files.result("lora", step))[0][key]
+        torch.testing.assert_close(content(files.result("lora", step, mean=True))[0][key], mean)
+
+
+def test_in_context_adapter_states_its_factor(tmp_path: Path) -> None:
+    clips = write_data_set(tmp_path)
+    write_clip(clips / "reference.mp4", sound=False)
+    write_clip(clips / "short.mp4", frames=3)
+    (clips / "list.csv").write_text(
+        "video,caption,reference\n0.mp4,a square,reference.mp4\n0.mp4,none,\n0.mp4,short,short.mp4\n"
+    )
+    data = 'source = "clips/list.csv"\nfolder = "samples"\nbuckets = ["64x64x9"]\nreference_scale = 2'
+    strategy, training = "reference_probability = 1.0", "steps = 2"
+    config = read_config(write_config(tmp_path, data=data, strategy=strategy, training=training))
+    report = preprocess(config)
+    assert report.made == 1
+    assert [where for where, _ in report.broken] == ["list.csv:3", "list.csv:4"]
+    shapes = linear_shapes(load(stage2_lora=None).dit)
+    lora = read_lora(train(config), shapes.keys(), shapes)
+    assert (lora.reference.factor, lora.reference.source) == (2, "metadata")
+    without = 'source = "clips"\nfolder = "samples"\nbuckets = ["64x64x9"]'
+    with pytest.raises(RequestError, match=r"without .* reference_scale"):
+        read_config(write_config(tmp_path, data=without, strategy=strategy))
 
 
 def test_all_weights_become_a_checkpoint(tmp_path: Path) -> None:
