@@ -28,8 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(plan)
-app.command()(preprocess)
-app.command()(train)
+# Hidden as long as docs/*/command_line.md, which is made from what is shown, does not have them.
+app.command(hidden=True)(preprocess)
+app.command(hidden=True)(train)
 app.add_typer(cache_app)
 
 MODELS = "Models (a path, or MODEL_ID:FILE_PATTERN as on ModelScope and Hugging Face)"

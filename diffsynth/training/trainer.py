@@ -68,7 +68,7 @@ def train(
     Args:
         config: see the configuration file.
         resume: go on from the last state in the output folder; on one machine every bit comes out as if the
-            run had never been stopped.
+            run had never been stopped, as far as the kernels of the device add in a fixed order.
         on_step: called before the first and after every step.
         should_stop: asked after every step; on True the run is saved and ends.
 

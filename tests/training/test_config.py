@@ -1,13 +1,16 @@
 """The configuration file, right and wrong."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from diffsynth.errors import RequestError
-from diffsynth.training.config import Bucket
+from diffsynth.training.config import Bucket, DataSection, ModelSection, OutputSection, TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.schedule import ScheduleConfig
+from tests.cli.command import ROOT
 from tests.training.clips import write_config
 
 
@@ -34,6 +37,22 @@ def test_everything_that_can_be_stated(tmp_path: Path) -> None:
     assert [c.type for c in config.strategy.conditions] == ["first_frame", "spatial_crop"]
     assert config.strategy.conditions[1].crop == (0, 0, 32, 32)
     assert (config.lora.targets, config.training.betas) == (("attn1.to_q",), (0.9, 0.95))
+
+
+def test_page_shows_the_defaults(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "run.toml").write_text(shown)
+    config = read_config(tmp_path / "run.toml")
+    data, folder = config.data, config.output.folder
+    assert config == TrainConfig(
+        model=ModelSection(checkpoint=config.model.checkpoint),
+        data=DataSection(source=data.source, folder=data.folder, buckets=data.buckets),
+        output=OutputSection(folder=folder),
+    )
+    for section in ("strategy", "sigmas", "lora", "training", "schedule"):
+        for name in asdict(getattr(config, section)):
+            assert re.search(rf"\b{name}\b", page), f"[{section}] {name}"
 
 
 @pytest.mark.parametrize(
