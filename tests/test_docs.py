@@ -122,7 +122,7 @@ def test_storage_formats_are_those_of_the_code() -> None:
 
 def commands() -> Iterator[list[str]]:
     """Every call of ``diffsynth`` in the documents, comments taken off."""
-    for document in ENGLISH:
+    for document in [*ENGLISH, ROOT / "docs" / "training.md"]:
         for block in snippets(document.read_text(encoding="utf-8"), "shell"):
             for words in command_lines(block):
                 if words[0] == "diffsynth" and not words[1].startswith("-"):

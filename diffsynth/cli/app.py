@@ -14,6 +14,7 @@ from diffsynth.cli import machine, official
 from diffsynth.cli.cache import cache_app
 from diffsynth.cli.options import parse_request, request_options
 from diffsynth.cli.plan import plan
+from diffsynth.cli.train import preprocess, train
 from diffsynth.errors import Cancelled, DiffSynthError
 
 UNEXPECTED = 1
@@ -151,6 +152,8 @@ def inspect(
 
 
 app.command()(plan)
+app.command()(preprocess)
+app.command()(train)
 app.add_typer(cache_app)
 
 

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth.cli.generate import check_output, dtype_named, model_config, out_of_memory_told, phases, write
+from diffsynth.cli.generate import check_output, dtype_named, out_of_memory_told, phases, write
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
-from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
+from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.rescue import FinalLatents
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def run(
     pipe = LTX2AudioVideoPipeline.from_pretrained(
         torch_dtype=dtype_named(machine.dtype),
         device=machine.device,
-        model_configs=[model_config(name) for name in checkpoint],
+        model_configs=[ModelConfig.named(name) for name in checkpoint],
         vram_limit=machine.vram_limit,
         host_limit=machine.host_limit,
         storage=machine.storage,

@@ -1,7 +1,6 @@
 """``diffsynth generate``: options -> pipeline -> mp4."""
 
 import logging
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ DISTILLED_LORA_STRENGTH = 0.8
 """Of the public API; the official commands have 1."""
 
 _IN_BYTES: Mapping[str, Any] = {"unit": "B", "unit_scale": True}
-_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -157,26 +155,18 @@ def load_pipeline(models: ModelOptions, request: GenerateRequest) -> LTX2AudioVi
     return LTX2AudioVideoPipeline.from_pretrained(
         torch_dtype=dtype,
         device=machine.device,
-        model_configs=[model_config(name) for name in files],
-        tokenizer_config=_tokenizer(models.gemma),
-        stage2_lora_config=model_config(lora) if lora else None,
+        model_configs=[ModelConfig.named(name) for name in files],
+        tokenizer_config=ModelConfig.tokenizer_of(models.gemma),
+        stage2_lora_config=ModelConfig.named(lora) if lora else None,
         stage2_lora_strength=strength,
         vram_limit=vram_limit,
         host_limit=machine.host_limit,
         storage=machine.storage,
         cache=machine.cache,
         prefetch_count=machine.prefetch_count,
-        loras=[(model_config(file), alpha) for file, alpha in models.loras],
+        loras=[(ModelConfig.named(file), alpha) for file, alpha in models.loras],
         request=request,
     )
-
-
-def model_config(name: str) -> ModelConfig:
-    """``MODEL_ID:PATTERN``, or a path."""
-    model_id, colon, pattern = name.partition(":")
-    if colon and not Path(name).exists() and _MODEL_ID.fullmatch(model_id):
-        return ModelConfig(model_id=model_id, origin_file_pattern=pattern)
-    return ModelConfig(path=name)
 
 
 def checkpoint_facts(name: str) -> tuple[str, int]:
@@ -185,7 +175,7 @@ def checkpoint_facts(name: str) -> tuple[str, int]:
     Raises:
         CheckpointError, DownloadError: it cannot be read, or holds no transformer.
     """
-    files = model_config(name).open()
+    files = ModelConfig.named(name).open()
     config = find_network(NetworkKind.TRANSFORMER, files).config
     return model_version(files) or "2.0", int(config.num_layers)
 
@@ -212,14 +202,6 @@ def phases(quiet: bool) -> Iterator[OnProgress]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def _tokenizer(gemma: str) -> ModelConfig:
-    config = model_config(gemma)
-    if config.model_id is not None:
-        return ModelConfig(model_id=config.model_id)
-    path = Path(gemma)
-    return ModelConfig(path=path if path.is_dir() else path.parent)
 
 
 def with_strength(name: str, default: float = 1.0) -> tuple[str, float]:

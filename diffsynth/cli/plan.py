@@ -116,11 +116,11 @@ def _subject(model: str | None, checkpoint: Sequence[str], storage: str | None) 
         return _Subject(model or DEFAULT_MODEL, version, Storage.named(stored), stored)
     import torch
 
-    from diffsynth.cli.generate import model_config
+    from diffsynth.loader import ModelConfig
     from diffsynth.pipelines.assemble import open_models
     from diffsynth.pipelines.released import completed
 
-    opened = open_models([replace(model_config(name), skip_download=True) for name in checkpoint])
+    opened = open_models([replace(ModelConfig.named(name), skip_download=True) for name in checkpoint])
     if model is not None and version != opened.version:
         raise RequestError(f"--model={model}, but the files are of another", hint="leave --model out")
     policy = MemoryLimits(storage=storage).storage_policy(opened.configs, opened.networks)

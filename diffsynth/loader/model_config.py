@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.loader.download import HUBS, Hub, fetch, is_folder, matches, pending_mark
@@ -57,6 +57,22 @@ class ModelConfig:
     computation_device: "str | torch.device | None" = None
     computation_dtype: "torch.dtype | str | None" = None
     state_dict: "Mapping[str, Tensor] | None" = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """``MODEL_ID:FILE_PATTERN`` as on the hubs, or the path of a file or folder."""
+        model_id, colon, pattern = name.partition(":")
+        if colon and not Path(name).exists() and _MODEL_ID.fullmatch(model_id):
+            return cls(model_id=model_id, origin_file_pattern=pattern)
+        return cls(path=name)
+
+    @classmethod
+    def tokenizer_of(cls, name: str) -> Self:
+        """Where the tokenizer of a text model lies: with its weights, which are named as in :meth:`named`."""
+        config = cls.named(name)
+        if config.model_id is not None:
+            return cls(model_id=config.model_id)
+        return cls(path=name if Path(name).is_dir() else Path(name).parent)
 
     def validate(self) -> None:
         """Check the arguments alone, without looking at the disk.

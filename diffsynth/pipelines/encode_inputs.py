@@ -21,6 +21,7 @@ from diffsynth.conditioning.items import (
 from diffsynth.conditioning.tokens import Grid
 from diffsynth.device import capabilities
 from diffsynth.errors import RequestError
+from diffsynth.models.ltx2.audio_vae import AudioEncoder
 from diffsynth.models.ltx2.mel import log_mel, prepare_waveform
 from diffsynth.models.ltx2.tiling import TileConfig
 from diffsynth.models.ltx2.video_tiling import encode_tiled
@@ -173,14 +174,20 @@ class EncodeAudioInput:
         assert state.audio_shape is not None
         encoder, sound = parts.audio_vae_encoder, given_sound(state)
         state.report("encode audio", 0, 1)
-        mel_config = encoder.config.mel
-        waveform = prepare_waveform(sound.samples, sound.sampling_rate, mel_config)
-        mel = log_mel(waveform, mel_config, complex_ok=capabilities(waveform.device).complex64)
         with parts.memory.phase("encode audio"):
-            latent = encoder(mel.to(device=parts.device, dtype=parts.dtype)).float()
-        state.audio_latent = fit_audio_latent(latent, state.audio_shape[2])
+            state.audio_latent = encode_sound(encoder, sound, state.audio_shape[2], parts.device, parts.dtype)
         state.audio_items = audio_items(state.request.retake_audio_regions)
         state.report("encode audio", 1, 1)
+
+
+def encode_sound(
+    encoder: AudioEncoder, sound: Waveform, frames: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """A sound -> normalised latent (1, C, frames, M), float32 on the device; see :func:`fit_audio_latent`."""
+    config = encoder.config.mel
+    waveform = prepare_waveform(sound.samples, sound.sampling_rate, config)
+    mel = log_mel(waveform, config, complex_ok=capabilities(waveform.device).complex64)
+    return fit_audio_latent(encoder(mel.to(device=device, dtype=dtype)).float(), frames)
 
 
 def given_sound(state: GenerationState) -> Waveform:

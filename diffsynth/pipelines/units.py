@@ -63,32 +63,10 @@ class EncodePrompts:
         contexts |= known_contexts(parts, request)
         missing = unknown_prompts(request, contexts)
         if missing:
-            contexts |= dict(zip(missing, self._encode(parts, missing), strict=True))
+            contexts |= dict(zip(missing, encode_with(parts, missing), strict=True))
         state.positive = contexts[prompts[0]]
         state.negative = contexts[prompts[1]] if len(prompts) > 1 else None
         state.report("encode prompt", 1, 1)
-
-    def _encode(self, parts: Parts, prompts: Sequence[str]) -> list[PromptContext]:
-        assert parts.tokenizer is not None
-        assert parts.text_encoder is not None
-        assert parts.text_encoder_post_modules is not None
-        connectors = parts.text_encoder_post_modules
-        with parts.memory.phase("text") as phase:
-            features = prompt_features(
-                parts.text_encoder,
-                connectors,
-                parts.tokenizer,
-                prompts,
-                device=parts.device,
-                dtype=parts.dtype,
-                slices=phase.slices,
-            )
-        with parts.memory.phase("connectors"):
-            contexts = [c.to("cpu") for c in contexts_from_features(connectors, features)]
-        if parts.prompt_cache is not None:
-            for prompt, context in zip(prompts, contexts, strict=True):
-                parts.prompt_cache.put(prompt, context)
-        return contexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +231,30 @@ class DecodeAudio:
         check_finite_values("decode audio", samples, parts.dtype)
         state.waveform = Waveform(samples, parts.audio_vocoder.output_sampling_rate)
         state.report("decode audio", 1, 1)
+
+
+def encode_with(parts: Parts, prompts: Sequence[str]) -> list[PromptContext]:
+    """Encode prompts with the networks of a pipeline, and store them in its cache; on the CPU."""
+    assert parts.tokenizer is not None
+    assert parts.text_encoder is not None
+    assert parts.text_encoder_post_modules is not None
+    connectors = parts.text_encoder_post_modules
+    with parts.memory.phase("text") as phase:
+        features = prompt_features(
+            parts.text_encoder,
+            connectors,
+            parts.tokenizer,
+            prompts,
+            device=parts.device,
+            dtype=parts.dtype,
+            slices=phase.slices,
+        )
+    with parts.memory.phase("connectors"):
+        contexts = [c.to("cpu") for c in contexts_from_features(connectors, features)]
+    if parts.prompt_cache is not None:
+        for prompt, context in zip(prompts, contexts, strict=True):
+            parts.prompt_cache.put(prompt, context)
+    return contexts
 
 
 def prompts_of(request: GenerateRequest) -> list[str]:

@@ -148,6 +148,21 @@ def test_two_updates_of_one_layer_are_refused() -> None:
         read_lora(official() | again, SHAPES, SHAPES)
 
 
+def test_length_of_the_header_may_look_like_a_pickle(tmp_path: Path) -> None:
+    tensors = {
+        "diffusion_model.proj_out.lora_A.weight": torch.ones(1, 8),
+        "diffusion_model.proj_out.lora_B.weight": torch.ones(5, 1),
+    }
+    path = tmp_path / "lora.safetensors"
+    for padding in range(0, 512, 8):
+        save_file(tensors, path, {"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    else:
+        raise AssertionError("no header of such a length")
+    assert read_lora(path, ["proj_out"]).report.matched == 1
+
+
 def test_pickles_are_refused_by_content(tmp_path: Path) -> None:
     for name, content in (("zip", b"PK\x03\x04rest of it"), ("old", pickle.dumps({"a": 1}))):
         path = tmp_path / f"{name}.safetensors"

@@ -1,0 +1,111 @@
+"""``diffsynth preprocess`` and ``diffsynth train``: clips -> samples -> an adapter, by one TOML file."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from diffsynth.cli import machine
+from diffsynth.errors import Cancelled
+
+if TYPE_CHECKING:
+    from diffsynth.training.trainer import OnStep, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+Config: TypeAlias = Annotated[Path, typer.Argument(help="TOML file with the settings: docs/training.md")]
+
+
+def preprocess(config: Config, quiet: machine.Quiet = False) -> None:
+    """Encode clips for training.
+
+    A second run makes only what is missing.
+    """
+    from diffsynth.cli.generate import phases
+    from diffsynth.training.config_file import read_config
+    from diffsynth.training.preprocess import preprocess as run
+
+    try:
+        settings = read_config(config)
+        with phases(quiet) as on_progress:
+            report = run(settings, on_progress)
+    except KeyboardInterrupt as error:
+        raise Cancelled("cancelled; what is done stays", hint="the same command to go on") from error
+    logger.info(
+        "%s: %d samples made, %d were there, %d clips left out",
+        settings.data.folder,
+        report.made,
+        report.kept,
+        len(report.broken),
+    )
+
+
+def train(
+    config: Config,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last state in the output folder")
+    ] = False,
+    quiet: machine.Quiet = False,
+) -> None:
+    """Train a LoRA on encoded clips.
+
+    Ctrl-C saves the state, and --resume goes on from there.
+    """
+    from diffsynth.training.config_file import read_config
+    from diffsynth.training.trainer import train as run
+
+    try:
+        settings = read_config(config)
+        with _interruptible() as should_stop, _bar(quiet) as on_step:
+            adapter = run(settings, resume=resume, on_step=on_step, should_stop=should_stop)
+    except KeyboardInterrupt as error:
+        raise Cancelled(
+            "cancelled in the middle of a step",
+            hint="--resume to go on from the last saved state",
+        ) from error
+    logger.info("%s", adapter)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the ``with`` block the first Ctrl-C only asks to stop; a second one interrupts."""
+    asked = False
+
+    def ask(_: int, __: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        logger.warning("the run is saved after this step; Ctrl-C once more ends it at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator["OnStep"]:
+    """A bar with the time left and the loss; it ends its line whatever happens."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm(), tqdm(desc="train", unit="step", file=sys.stderr, disable=quiet) as bar:
+
+        def show(step: "TrainingStep") -> None:
+            if not step.values:  # the beginning, which is not step 0 when a run goes on
+                bar.reset(total=step.steps)
+                bar.initial = bar.n = step.step
+                bar.refresh()
+                return
+            bar.set_postfix(loss=f"{step.values['loss']:.4f}", refresh=False)
+            bar.update()
+
+        yield show

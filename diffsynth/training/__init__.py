@@ -1,0 +1,1 @@
+"""Training: clips to cached samples, the objective, adapters over a frozen base, the loop with its states."""

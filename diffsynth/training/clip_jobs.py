@@ -1,0 +1,117 @@
+"""What has to be made of which clip: its size, its caption, and the name of the sample that it becomes."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from diffsynth.errors import RequestError
+from diffsynth.training.clips import ClipSource
+from diffsynth.training.config import Bucket, DataSection
+from diffsynth.utils.images import VideoInfo, probe_video
+
+FORMAT_VERSION = 1
+"""Raised when the same clip and weights would give another sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipJob:
+    """A clip that can be used, as it will be encoded; ``file`` is the name of its sample."""
+
+    clip: ClipSource
+    caption: str
+    bucket: Bucket
+    fps: float
+    file: str
+
+    @property
+    def sound(self) -> Path:
+        """The file that the sound is read from."""
+        return self.clip.sound or self.clip.path
+
+
+def plan_jobs(
+    clips: Iterable[ClipSource], data: DataSection, models: str
+) -> tuple[list[ClipJob], list[tuple[str, str]]]:
+    """Look at every clip: its header, its size, all its bytes for the name, but no picture.
+
+    Args:
+        models: digest of the networks that will encode it.
+
+    Returns:
+        Those that can be used, and (where, reason) of the others.
+    """
+    jobs: list[ClipJob] = []
+    broken: list[tuple[str, str]] = []
+    for clip in clips:
+        try:
+            jobs.append(_job(clip, data, models))
+        except (RequestError, OSError) as error:
+            broken.append((clip.where, str(error)))
+    return jobs, broken
+
+
+def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket nearest in aspect of those that the clip is long enough for; of equal ones the longest, then
+    the largest.
+
+    Raises:
+        RequestError: the clip is too short for all.
+    """
+    fitting = [bucket for bucket in buckets if bucket.frames <= info.num_frames]
+    if not fitting:
+        shortest = min(bucket.frames for bucket in buckets)
+        raise RequestError(f"it has {info.num_frames} frames", hint=f"a longer clip: {shortest} frames")
+
+    def order(bucket: Bucket) -> tuple[float, int, int]:
+        ratio = math.log(bucket.width / bucket.height) - math.log(info.width / info.height)
+        return round(abs(ratio), 6), -bucket.frames, -bucket.width * bucket.height
+
+    return min(fitting, key=order)
+
+
+def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
+    if clip.caption is None:
+        raise RequestError(
+            f"{clip.path.name} has no readable caption", hint="one in the list, or a .txt file"
+        )
+    info = probe_video(clip.path, argument="clip")
+    if data.audio and clip.sound is None and not info.has_audio:
+        raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")
+    bucket = choose_bucket(info, data.sizes)
+    reference = _reference(clip, bucket) if data.reference_scale else None
+    caption = f"{data.trigger} {clip.caption}".strip()
+    fps = float(info.fps)
+    facts = [
+        FORMAT_VERSION,
+        models,
+        caption,
+        astuple(bucket),
+        fps,
+        data.video,
+        data.audio,
+        data.reference_scale,
+    ]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for file in (clip.path, clip.sound if data.audio else None, reference):
+        if file is None:
+            digest.update(b"none")
+            continue
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return ClipJob(
+        clip=clip, caption=caption, bucket=bucket, fps=fps, file=f"{digest.hexdigest()[:40]}.safetensors"
+    )
+
+
+def _reference(clip: ClipSource, bucket: Bucket) -> Path:
+    if clip.reference is None:
+        raise RequestError(f"{clip.path.name} has no reference clip", hint="reference_scale = 0 in [data]")
+    num_frames = probe_video(clip.reference, argument="reference").num_frames
+    if num_frames < bucket.frames:
+        raise RequestError(
+            f"its reference has {num_frames} of {bucket.frames} frames", hint="clips of equal length"
+        )
+    return clip.reference

@@ -1,0 +1,257 @@
+"""The settings of a training run; the sections of the configuration file are the fields."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffsynth.conditioning.tokens import VIDEO_SCALE
+from diffsynth.errors import RequestError
+from diffsynth.training.adapters import ATTENTION_TARGETS
+from diffsynth.training.schedule import ScheduleConfig
+from diffsynth.training.sigmas import SigmaConfig
+from diffsynth.training.strategy import StrategyConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What the base computes in.  float16 is not among them: its gradients underflow."""
+
+LORA, FULL = "lora", "full"
+
+_BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which model is trained, and where.
+
+    Attributes:
+        checkpoint: files, or MODEL_ID:FILE_PATTERN as on the hubs.
+        gemma: text model with its tokenizer, named alike; read by ``preprocess`` alone.
+        device: the best one of this machine if None.
+        dtype: of the frozen weights and the arithmetic, bfloat16 or float32.
+    """
+
+    checkpoint: tuple[str, ...]
+    gemma: str = "google/gemma-3-12b-it-qat-q4_0-unquantized:model-*.safetensors"
+    device: str | None = None
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself.  Raises RequestError for an unknown name."""
+        if self.dtype not in DTYPES:
+            raise RequestError(f"dtype={self.dtype!r} is not known", hint=", ".join(DTYPES))
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A size that clips are brought to, in pixels and frames."""
+
+    width: int
+    height: int
+    frames: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """``WIDTHxHEIGHTxFRAMES``.
+
+        Raises:
+            RequestError: other text, or a size that no latent has.
+        """
+        match = _BUCKET.fullmatch(text)
+        if match is None:
+            raise RequestError(f"bucket {text!r}", hint='"WIDTHxHEIGHTxFRAMES", "768x512x97" for instance')
+        width, height, frames = (int(number) for number in match.groups())
+        time, rows, columns = VIDEO_SCALE
+        if width < columns or height < rows or width % columns or height % rows or frames % time != 1:
+            raise RequestError(
+                f"bucket {text!r} is no size of a latent",
+                hint=f"width and height multiples of {rows}, frames one more than a multiple of {time}",
+            )
+        return cls(width, height, frames)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """The clips, and the samples that they become.
+
+    Attributes:
+        source: CSV, JSON or JSONL file, or a folder of clips with a text file of the same name beside each.
+        folder: where the samples lie.
+        buckets: sizes as WIDTHxHEIGHTxFRAMES; a clip takes the one nearest in aspect that it is long enough
+            for.
+        trigger: put in front of every caption.
+        video: make latents of the pictures.
+        audio: make latents of the sound; clips without a sound track are left out and named.
+        reference_scale: width and height of the clips, divided by those of their reference clips; 0 without
+            references.
+    """
+
+    source: Path
+    folder: Path
+    buckets: tuple[str, ...]
+    trigger: str = ""
+    video: bool = True
+    audio: bool = True
+    reference_scale: int = 0
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """The buckets.  Raises RequestError for an impossible one, or none."""
+        if not self.buckets:
+            raise RequestError("buckets is empty", hint='buckets = ["768x512x97"]')
+        return tuple(Bucket.parse(text) for text in self.buckets)
+
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        scale, cell = self.reference_scale, VIDEO_SCALE[1]
+        if scale < 0 or (scale and not self.video):
+            raise RequestError(
+                f"reference_scale={scale}, video={self.video}", hint="reference_scale = 1, video = true"
+            )
+        for bucket in self.sizes:
+            if scale and (bucket.width % (cell * scale) or bucket.height % (cell * scale)):
+                raise RequestError(
+                    f"bucket {bucket.width}x{bucket.height} with reference_scale={scale}",
+                    hint=f"width and height multiples of {cell * scale}",
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """The adapter.
+
+    Attributes:
+        rank: of every pair of factors.
+        alpha: the product counts ``alpha / rank`` times; the rank if None.
+        targets: names of linear layers or their last parts.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    targets: tuple[str, ...] = ATTENTION_TARGETS
+
+    def check(self) -> None:
+        """Raise RequestError for numbers that make no adapter."""
+        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
+            raise RequestError(
+                f"rank={self.rank}, alpha={self.alpha}", hint="rank 1 or more, alpha above 0 or left out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSection:
+    """The loop.
+
+    Attributes:
+        mode: ``lora``, or ``full`` for all weights of the transformer, which then are float32.
+        steps: of the optimiser.
+        batch_size: samples of equal shapes per pass.
+        gradient_accumulation: passes per step.
+        learning_rate: the highest.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        gradient_checkpointing: keep only what lies between the blocks, and compute the rest twice.
+        ema_decay: share of the old mean in each step, 0.999 for instance; 0 keeps no mean.
+        seed: decides the adapter's start, the order and all draws.
+    """
+
+    mode: str = LORA
+    steps: int = 2000
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    ema_decay: float = 0.0
+    seed: int = 42
+
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        if self.mode not in {LORA, FULL}:
+            raise RequestError(f"mode={self.mode!r} is not known", hint=f"{LORA}, {FULL}")
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name}={getattr(self, name)}", hint="1 or more")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise RequestError(f"{name}={getattr(self, name)}", hint="0 or more")
+        if not 0 < self.learning_rate < float("inf"):
+            raise RequestError(f"learning_rate={self.learning_rate}", hint="1e-4")
+        if not all(0 <= share < 1 for share in (*self.betas, self.ema_decay)):
+            raise RequestError(
+                f"betas={list(self.betas)}, ema_decay={self.ema_decay}", hint="numbers from 0 to below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputSection:
+    """What is written.
+
+    Attributes:
+        folder: adapters, the state to go on from, and metrics.csv.
+        save_every: steps between checkpoints; the last step is saved too.
+        dtype: of the adapter files.
+    """
+
+    folder: Path
+    save_every: int = 250
+    dtype: str = "bfloat16"
+
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        if self.save_every < 1:
+            raise RequestError(f"save_every={self.save_every}", hint="1 or more steps")
+        if self.dtype not in DTYPES:
+            raise RequestError(f"dtype={self.dtype!r} is not known", hint=", ".join(DTYPES))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole run, from clips to an adapter."""
+
+    model: ModelSection
+    data: DataSection
+    output: OutputSection
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    sigmas: SigmaConfig = field(default_factory=SigmaConfig)
+    lora: LoraSection = field(default_factory=LoraSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def check(self) -> None:
+        """Make sure that every value can work, as far as that shows without any file.
+
+        Raises:
+            RequestError: naming the section and the setting.
+        """
+        checks: dict[str, Callable[[], object]] = {
+            "model": lambda: self.model.torch_dtype,
+            "data": self.data.check,
+            "output": self.output.check,
+            "strategy": self.strategy.check,
+            "sigmas": self.sigmas.make,
+            "lora": self.lora.check,
+            "training": self.training.check,
+            "schedule": lambda: self.schedule.check(self.training.steps),
+        }
+        for section, check in checks.items():
+            try:
+                check()
+            except RequestError as error:
+                raise RequestError(f"[{section}] {error.message}", hint=error.hint) from error
+        if self.strategy.reference_probability and not self.data.reference_scale:
+            raise RequestError(
+                "[strategy] reference_probability without [data] reference_scale", hint="reference_scale = 1"
+            )
+        if self.training.mode == FULL and self.model.torch_dtype != torch.float32:
+            raise RequestError(
+                f"[training] mode={FULL!r} with [model] dtype={self.model.dtype!r}: steps are lost",
+                hint='dtype = "float32"',
+            )

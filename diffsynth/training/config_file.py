@@ -1,0 +1,136 @@
+"""Reading the configuration file: TOML, every mistake named with its line."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffsynth.errors import RequestError
+from diffsynth.training.conditions import Condition
+from diffsynth.training.config import TrainConfig
+from diffsynth.validation import check_types, freeze
+
+_HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]")
+_KEY = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*[.=]""")
+
+ConfigT = TypeVar("ConfigT")
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Read and check a configuration.  Relative paths in it count from its folder.
+
+    Raises:
+        RequestError: no such file, no TOML, an unknown or missing key, or a value that cannot work; with the
+            line, and for an unknown key the nearest known one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}", hint="the path of a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"{path}: {error}", hint="TOML: [section], then key = value") from error
+    file = _File(path, _lines(text))
+    sections = {f.name: f.type for f in fields(TrainConfig)}
+    for name in tables:
+        if name not in sections:
+            raise file.error(name, None, f"unknown section [{name}]", _near(name, sections))
+    values: dict[str, Any] = {}
+    for f in fields(TrainConfig):
+        if f.name in tables:
+            values[f.name] = file.section(f.name, f.type, tables[f.name])
+        elif f.default_factory is MISSING:
+            raise RequestError(f"{path}: section [{f.name}] is missing", hint=f"[{f.name}]")
+    config = TrainConfig(**values)
+    try:
+        config.check()
+    except RequestError as error:
+        raise RequestError(f"{path}: {error.message}", hint=error.hint) from error
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    lines: Mapping[tuple[str, str | None], int]
+    """(section, key) -> number of its line from 1; key None for the header."""
+
+    def error(self, section: str, key: str | None, message: str, hint: str) -> RequestError:
+        line = self.lines.get((section, key), self.lines.get((section, None)))
+        place = str(self.path) if line is None else f"{self.path}:{line}"
+        return RequestError(f"{place}: {message}", hint=hint)
+
+    def section(self, name: str, cls: Any, table: Any) -> Any:
+        if not isinstance(table, dict):
+            raise self.error(name, None, f"{name} is no section", f"[{name}]")
+        values = {key: self._value(name, key, value) for key, value in table.items()}
+        return self._made(name, cls, values)
+
+    def _value(self, section: str, key: str, value: Any) -> Any:
+        match section, key:
+            case "strategy", "conditions":
+                if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                    raise self.error(section, key, "conditions is no list", "[[strategy.conditions]]")
+                return tuple(self._made("strategy.conditions", Condition, freeze_all(item)) for item in value)
+            case "data", "source" | "folder":
+                return self._path(section, key, value)
+            case "output", "folder":
+                return self._path(section, key, value)
+            case "model", "checkpoint":
+                names = [value] if isinstance(value, str) else value
+                return tuple(map(self._model, names)) if isinstance(names, list) else names
+            case "model", "gemma":
+                return self._model(value)
+            case _:
+                return freeze(value)
+
+    def _path(self, section: str, key: str, value: Any) -> Path:
+        if not isinstance(value, str) or not value:
+            raise self.error(section, key, f"{key}={value!r} is no path", "a name in quotes")
+        return (self.path.parent / value).absolute()
+
+    def _model(self, name: Any) -> Any:
+        """A file beside the configuration by its whole path; anything else as it is."""
+        beside = self.path.parent / name if isinstance(name, str) and name else None
+        return str(beside.absolute()) if beside is not None and beside.exists() else name
+
+    def _made(self, section: str, cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise self.error(section, key, f"unknown key {key!r} in [{section}]", _near(key, known))
+        for key, f in known.items():
+            if key not in values and f.default is MISSING and f.default_factory is MISSING:
+                raise self.error(section, None, f"{key} is missing in [{section}]", f"{key} = ...")
+        made = cls(**values)
+        try:
+            check_types(made)  # type: ignore[arg-type]
+        except RequestError as error:
+            raise self.error(section, error.message.partition("=")[0], error.message, error.hint) from error
+        return made
+
+
+def freeze_all(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table whose lists are tuples."""
+    return {key: freeze(value) for key, value in table.items()}
+
+
+def _lines(text: str) -> dict[tuple[str, str | None], int]:
+    """Where sections and keys stand first; a key inside a value of several lines is not told apart."""
+    found: dict[tuple[str, str | None], int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            section = header[1]
+            found.setdefault((section, None), number)
+        elif key := _KEY.match(line):
+            found.setdefault((section or key[1], key[1] if section else None), number)
+    return found
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, n=1, cutoff=0.4) or sorted(known))

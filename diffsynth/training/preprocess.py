@@ -1,0 +1,208 @@
+"""Clips and captions -> samples on the disk: once, before any training.
+
+One file per clip, named by everything that decides its content: a second run skips what is there, and a
+stopped one goes on.  A clip that cannot be used is named, and the others go on.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from diffsynth.conditioning.tokens import audio_latent_frames
+from diffsynth.device import backend_for, resolve_device
+from diffsynth.errors import OutputError, RequestError
+from diffsynth.loader import ModelConfig
+from diffsynth.models.ltx2.tiling import TileConfig
+from diffsynth.models.ltx2.video_tiling import encode_tiled
+from diffsynth.pipelines.assemble import PART_OF, OpenedModels, open_models
+from diffsynth.pipelines.encode_inputs import encode_sound
+from diffsynth.pipelines.parts import Parts
+from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
+from diffsynth.pipelines.units import encode_with
+from diffsynth.training.clip_jobs import ClipJob, plan_jobs
+from diffsynth.training.clips import find_clips
+from diffsynth.training.config import Bucket, DataSection, TrainConfig
+from diffsynth.training.memory import out_of_memory_told
+from diffsynth.training.samples import Sample, entry_of, write_index
+from diffsynth.utils.audio import read_audio
+from diffsynth.utils.images import fit_frames, read_video
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS = "captions"
+"""Folder of the encoded captions beside the samples: other sizes need no text model."""
+
+T = TypeVar("T")
+
+_TEXT = ("text_encoder", "text_encoder_post_modules")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessReport:
+    """What became of the clips: numbers of ``made`` and ``kept`` samples; ``broken`` (where, reason)."""
+
+    made: int
+    kept: int
+    broken: tuple[tuple[str, str], ...]
+
+
+@torch.inference_mode()
+def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> PreprocessReport:
+    """Make the samples that are not there yet, and the index that names those of this configuration.
+
+    The text model and the encoders are on the device one after the other, each as a whole.
+
+    Raises:
+        RequestError: the list of clips cannot be read, or no clip in it can be used.
+        CheckpointError, DownloadError: the models cannot be opened, or lack a network.
+        OutputError: the folder is not writable or the disk is full.
+        MemoryBudgetError: the device ran out of memory.
+    """
+    config.check()
+    data, folder = config.data, config.data.folder
+    clips = find_clips(data.source)
+    opened = _open(config)
+    text, encoders = opened.only(_TEXT), opened.only(_encoders(data))
+    captions = PromptCache(folder / CAPTIONS, files=_files(text), settings=config.model.dtype)
+    models = digest_of([*_files(text), *_files(encoders)], config.model.dtype)
+    jobs, broken = plan_jobs(_told("look at clips", clips, on_progress), data, models)
+    _make_folder(folder)
+    todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
+    with out_of_memory_told("the text model", 'device = "cpu" for this command'):
+        _encode_captions(config, text, captions, [job.caption for job in todo.values()], on_progress)
+    with out_of_memory_told("the encoders", "smaller buckets"):
+        broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
+    for where, reason in broken:
+        logger.warning("%s is left out: %s", where, reason)
+    there = [job for job in jobs if (folder / job.file).exists()]
+    if not there:
+        raise RequestError(f"no clip of {data.source} can be used", hint="mend what is named above")
+    write_index(folder, [entry_of(folder / job.file) for job in there])
+    made = sum(job.file in todo for job in there)
+    return PreprocessReport(made=made, kept=len(there) - made, broken=tuple(broken))
+
+
+def _open(config: TrainConfig) -> OpenedModels:
+    files = [*config.model.checkpoint, config.model.gemma]
+    return open_models(
+        [ModelConfig.named(name) for name in files], ModelConfig.tokenizer_of(config.model.gemma)
+    )
+
+
+def _encoders(data: DataSection) -> list[str]:
+    wanted = {"video_vae_encoder": data.video, "audio_vae_encoder": data.audio}
+    return [name for name, needed in wanted.items() if needed]
+
+
+def _files(opened: OpenedModels) -> list[Path]:
+    """Everything that decides what these networks give."""
+    files = {path for weights in opened.networks.values() for path in weights.files.paths}
+    of_text = opened.tokenizer is not None and "text_encoder" in map(PART_OF.get, opened.networks)
+    return sorted(files) + (opened.tokenizer.files if opened.tokenizer is not None and of_text else [])
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}", hint="another folder") from error
+
+
+@contextmanager
+def _loaded(config: TrainConfig, opened: OpenedModels, names: Sequence[str]) -> Iterator[Parts]:
+    """Networks on the device for as long as the ``with`` block lasts."""
+    device = resolve_device(config.model.device)
+    parts = opened.load(device, config.model.torch_dtype).parts
+    parts.require(names)
+    try:
+        yield parts
+    finally:
+        for name in names:
+            setattr(parts, name, None)
+        gc.collect()
+        backend_for(device).empty_cache()
+
+
+def _told(phase: str, items: Sequence[T], on_progress: OnProgress) -> Iterator[T]:
+    """The items one by one, each announced before it is worked on."""
+    for done, item in enumerate(items):
+        on_progress(Progress(phase=phase, done=done, total=len(items)))
+        yield item
+    on_progress(Progress(phase=phase, done=len(items), total=len(items)))
+
+
+def _encode_captions(
+    config: TrainConfig,
+    opened: OpenedModels,
+    cache: PromptCache,
+    captions: Sequence[str],
+    on_progress: OnProgress,
+) -> None:
+    missing = [caption for caption in dict.fromkeys(captions) if cache.get(caption) is None]
+    if not missing:
+        return
+    with _loaded(config, opened, _TEXT) as parts:
+        parts.prompt_cache = cache
+        for caption in _told("encode captions", missing, on_progress):
+            encode_with(parts, [caption])
+
+
+def _encode_clips(
+    config: TrainConfig,
+    opened: OpenedModels,
+    captions: PromptCache,
+    jobs: Sequence[ClipJob],
+    on_progress: OnProgress,
+) -> list[tuple[str, str]]:
+    """Write the samples.  Returns: (where, reason) of clips that cannot be read to their end."""
+    broken: list[tuple[str, str]] = []
+    if not jobs:
+        return broken
+    with _loaded(config, opened, _encoders(config.data)) as parts:
+        for job in _told("encode clips", jobs, on_progress):
+            try:
+                sample = _encode(config.data, parts, captions, job)
+            except RequestError as error:
+                broken.append((job.clip.where, str(error)))
+                continue
+            sample.save(config.data.folder / job.file, source=str(job.clip.path), caption=job.caption)
+    return broken
+
+
+def _encode(data: DataSection, parts: Parts, captions: PromptCache, job: ClipJob) -> Sample:
+    context = captions.get(job.caption)
+    if context is None:
+        raise OutputError(
+            f"{captions.path(job.caption)} could not be kept", hint=f"free space in {data.folder}"
+        )
+    bucket, video, audio, reference = job.bucket, None, None, None
+    if parts.video_vae_encoder is not None:
+        video = _encode_video(parts, job.clip.path, bucket)
+        if data.reference_scale and job.clip.reference is not None:
+            reference = _encode_video(parts, job.clip.reference, bucket, data.reference_scale)
+    if parts.audio_vae_encoder is not None:
+        duration_s = bucket.frames / job.fps
+        sound = read_audio(job.sound, 0.0, duration_s, argument="clip").to_stereo()
+        sound = sound.fit(round(duration_s * sound.sampling_rate))
+        length = audio_latent_frames(bucket.frames, job.fps)
+        audio = encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
+    return Sample(video=video, audio=audio, context=context, fps=job.fps, reference=reference)
+
+
+def _encode_video(parts: Parts, path: Path, bucket: Bucket, scale: int = 1) -> Tensor:
+    """The beginning of a clip at the size of the bucket, divided by ``scale``: (1, C, F, H, W) float32."""
+    encoder = parts.video_vae_encoder
+    assert encoder is not None
+    frames = read_video(path, frame_cap=bucket.frames, argument="clip").frames
+    if len(frames) < bucket.frames:
+        raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
+    pixels = fit_frames(frames, bucket.height // scale, bucket.width // scale)
+    return encode_tiled(encoder, pixels, TileConfig(), device=parts.device, dtype=parts.dtype).float()

@@ -1,0 +1,182 @@
+"""Passes of training steps: what the network reads, and the loss by hand."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffsynth.conditioning.tokens import audio_positions, patchify, video_positions
+from diffsynth.errors import CheckpointError, RequestError
+from diffsynth.models.ltx2.transformer import LTX2Transformer
+from diffsynth.training.adapters import ATTENTION_TARGETS, TrainableLora
+from diffsynth.training.batches import random_source
+from diffsynth.training.checkpointing import checkpointed_blocks
+from diffsynth.training.conditions import Condition
+from diffsynth.training.samples import Sample
+from diffsynth.training.sigmas import SigmaConfig
+from diffsynth.training.strategy import Strategy, StrategyConfig, TrainingStream
+
+CPU = torch.device("cpu")
+Make = Callable[..., Sample]
+
+
+def source(name: str) -> torch.Generator:
+    return random_source(1, name)
+
+
+def strategy(*, shared: bool = False, **config: object) -> Strategy:
+    stated = StrategyConfig(**config)
+    stated.check()
+    return Strategy(stated, SigmaConfig().make(), shared_sigma=shared, dtype=torch.float32)
+
+
+def streams(given: Strategy, samples: list[Sample]) -> tuple[TrainingStream, TrainingStream]:
+    video, audio = given.streams(samples, source, CPU)
+    assert video is not None
+    assert audio is not None
+    return video, audio
+
+
+def test_text_to_both(make_sample: Make) -> None:
+    samples = [make_sample(1), make_sample(2, fps=30.0)]
+    video, audio = streams(strategy(), samples)
+    clean = patchify(torch.cat([s.video for s in samples if s.video is not None]))
+    sigma = video.sigma[:, None, None]
+    assert video.target is not None
+    noise = video.target + clean
+    torch.testing.assert_close(video.modality.latent, (1 - sigma) * clean + sigma * noise)
+    assert torch.equal(video.modality.timesteps, sigma)
+    assert torch.equal(video.modality.positions[1], video_positions((2, 2, 3), 30.0)[0])
+    assert torch.equal(audio.modality.positions, audio_positions(5, batch=2))
+    assert not torch.equal(video.sigma, audio.sigma)
+    assert torch.equal(*(stream.sigma for stream in streams(strategy(shared=True), samples)))
+
+
+def test_first_frame_is_clean_and_at_zero(make_sample: Make) -> None:
+    sample = make_sample(1)
+    assert sample.video is not None
+    video, _ = streams(strategy(conditions=(Condition(type="first_frame"),)), [sample])
+    assert torch.equal(video.modality.latent[:, :6], patchify(sample.video)[:, :6])
+    assert video.modality.timesteps[0, :, 0].tolist() == [0.0] * 6 + [float(video.sigma)] * 6
+
+
+@pytest.mark.parametrize("conditions", [(), (Condition(type="first_frame"),), (Condition(type="suffix"),)])
+def test_loss_by_hand(network: LTX2Transformer, make_sample: Make, conditions: tuple[Condition, ...]) -> None:
+    given = strategy(conditions=conditions)
+    video, audio = streams(given, [make_sample(1), make_sample(2)])
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+        predicted = network(video.modality, audio.modality)
+    kept = {"first_frame": slice(6, 12), "suffix": slice(0, 6)}
+    place = kept[conditions[0].type] if conditions else slice(None)
+    assert video.target is not None
+    assert audio.target is not None
+    by_hand = ((predicted[0] - video.target)[:, place] ** 2).mean(dim=(1, 2))
+    by_hand_audio = ((predicted[1] - audio.target) ** 2).mean(dim=(1, 2))
+    torch.testing.assert_close(loss.total, (by_hand + by_hand_audio).mean())
+    assert loss.video is not None
+    torch.testing.assert_close(loss.video[0], by_hand)
+
+
+def test_given_sound_is_clean_and_not_in_the_loss(network: LTX2Transformer, make_sample: Make) -> None:
+    sample = make_sample(1)
+    assert sample.audio is not None
+    given = strategy(audio="given")
+    video, audio = streams(given, [sample])
+    assert torch.equal(audio.modality.latent, patchify(sample.audio))
+    assert float(audio.sigma) == float(audio.modality.timesteps.sum()) == 0
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+    assert loss.audio is None
+    assert loss.video is not None
+    torch.testing.assert_close(loss.total, loss.video[0][0])
+
+
+def test_reference_is_clean_in_front_and_not_in_the_loss(network: LTX2Transformer, make_sample: Make) -> None:
+    samples = [make_sample(1, reference=True), make_sample(2, reference=True)]
+    first = Condition(type="first_frame")
+    given = strategy(reference_probability=1.0, conditions=(first,))
+    video, audio = streams(given, samples)
+    plain, _ = streams(strategy(conditions=(first,)), samples)
+    modality = video.modality
+    assert samples[0].reference is not None
+    assert torch.equal(modality.latent[:1, :2], patchify(samples[0].reference))
+    assert torch.equal(modality.latent[:, 2:], plain.modality.latent)
+    assert torch.equal(modality.timesteps[:, 2:], plain.modality.timesteps)
+    assert not modality.timesteps[:, :2].any()
+    cells = [[[0, 1 / 24], [1 / 24, 0.375]], [[0, 64.0]] * 2, [[0, 64.0]] * 2]
+    torch.testing.assert_close(modality.positions[0, :, :2], torch.tensor(cells))
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+        predicted = network(modality, audio.modality)[0]
+    assert video.target is not None
+    assert loss.video is not None
+    by_hand = ((predicted - video.target)[:, 2 + 4 :] ** 2).mean(dim=(1, 2))
+    torch.testing.assert_close(loss.video[0], by_hand)
+
+
+def test_reference_of_another_aspect_is_refused(make_sample: Make) -> None:
+    wide = replace(make_sample(1), reference=torch.zeros(1, 128, 2, 1, 1))
+    with pytest.raises(CheckpointError, match="a reference of"):
+        strategy(reference_probability=1.0).streams([wide], source, CPU)
+
+
+@pytest.mark.parametrize("absent", ["video", "audio"])
+def test_one_modality_alone(network: LTX2Transformer, make_sample: Make, absent: str) -> None:
+    given = strategy(**{absent: "none"})
+    video, audio = given.streams([make_sample(1)], source, CPU)
+    assert (video if absent == "video" else audio) is None
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+    assert (loss.video if absent == "video" else loss.audio) is None
+    assert float(loss.total) > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"video": "made"},
+        {"video": "given", "audio": "none"},
+        {"video": "given", "reference_probability": 1.0},
+        {"video": "none", "conditions": (Condition(type="first_frame"),)},
+        {"audio": "given", "conditions": (Condition(type="prefix", modality="audio"),)},
+    ],
+)
+def test_impossible(config: dict[str, object]) -> None:
+    with pytest.raises(RequestError):
+        strategy(**config)
+
+
+def test_missing_sound_is_said(make_sample: Make) -> None:
+    sample = make_sample(1)
+    silent = Sample(video=sample.video, audio=None, context=sample.context, fps=24.0)
+    with pytest.raises(CheckpointError, match="no audio"):
+        strategy().streams([silent], source, CPU)
+
+
+@pytest.mark.parametrize("absent", [None, "audio"])
+def test_checkpointing_changes_no_bit(
+    network: LTX2Transformer, make_sample: Make, absent: str | None
+) -> None:
+    adapters = TrainableLora(
+        network, ATTENTION_TARGETS, rank=2, alpha=2.0, generator=torch.Generator().manual_seed(0)
+    )
+    for layer in adapters.layers.values():
+        torch.nn.init.normal_(layer.up, std=0.1, generator=torch.Generator().manual_seed(1))
+    given = strategy(**({} if absent is None else {absent: "none"}))
+    passed = given.streams([make_sample(1)], source, CPU)
+    gradients = []
+    for enabled in (False, True):
+        parameters = adapters.parameters()
+        with checkpointed_blocks(network, enabled):
+            given.loss(network, passed).total.backward()
+        used = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        gradients.append({name: grad.clone() for name, grad in used.items()})
+        for parameter in parameters.values():
+            parameter.grad = None
+    plain, again = gradients
+    assert plain.keys() == again.keys()
+    assert any(bool(grad.any()) for grad in plain.values())
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert all("forward" not in vars(block) for block in network.transformer_blocks)
