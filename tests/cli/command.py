@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from diffsynth.cli import main
 from diffsynth.utils.audio import read_audio
@@ -47,17 +46,21 @@ def run(*given: str, cwd: Path) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def same_video(first: Path, second: Path) -> bool:
+def same_video(one: Path, other: Path) -> bool:
     """Whether two files show the same pictures with the same sound and say that the same request made them.
 
     For equal pictures the H.264 encoder rarely takes another decision in one block, and what follows it in
-    its picture differs by a few levels; other noise differs by dozens everywhere.
+    its picture differs by a few levels; AAC makes more of the last bits of a sample, which another number of
+    threads may change.  Other noise differs by dozens of levels everywhere.
     """
-    pictures = [read_video(path).frames.float() for path in (first, second)]
-    sounds = [read_audio(path).samples for path in (first, second)]
-    if pictures[0].shape != pictures[1].shape or read_request(first) != read_request(second):
+    pictures = [read_video(path).frames.float() for path in (one, other)]
+    sounds = [read_audio(path).samples for path in (one, other)]
+    if pictures[0].shape != pictures[1].shape or read_request(one) != read_request(other):
         return False
-    return torch.equal(*sounds) and float((pictures[0] - pictures[1]).abs().mean()) < 0.5
+    if sounds[0].shape != sounds[1].shape:
+        return False
+    unlike = [float((first - second).abs().mean()) for first, second in (pictures, sounds)]
+    return unlike[0] < 0.5 and unlike[1] < 0.002
 
 
 class Here:

@@ -207,7 +207,7 @@ def clean(axis: tuple[Interval, ...], length: int, margin: int) -> Tensor:
         if i.out_start > 0:
             result[i.out_start : i.out_start + margin] = False
         if i.out_stop < length:
-            result[i.out_stop - margin : i.out_stop] = False
+            result[max(0, i.out_stop - margin) : i.out_stop] = False
     return result
 
 
@@ -220,6 +220,7 @@ def clean(axis: tuple[Interval, ...], length: int, margin: int) -> Tensor:
 )
 @example(size=(11, 3, 11), overlap=3, time_overlap=3, reflect=True)
 @example(size=(9, 9, 2), overlap=7, time_overlap=7, reflect=False)
+@example(size=(1, 3, 10), overlap=1, time_overlap=0, reflect=False)
 @torch.inference_mode()
 def test_tiled_equals_whole_in_the_interior(
     size: tuple[int, int, int], overlap: int, time_overlap: int, reflect: bool
