@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth.cli.generate import check_output, dtype_named, out_of_memory_told, phases, write
+from diffsynth.cli.generate import LESS_MEMORY, check_output, dtype_named, phases, write
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
+from diffsynth.device import out_of_memory_told
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.rescue import FinalLatents
 
@@ -41,7 +42,7 @@ def run(
         cache=machine.cache,
         networks=DECODERS,
     )
-    with out_of_memory_told(), phases(quiet) as on_progress:
+    with out_of_memory_told(LESS_MEMORY), phases(quiet) as on_progress:
         result = pipe.decode(latents, on_progress=on_progress)
     write(result, output)
     if stats:

@@ -14,8 +14,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
-from diffsynth.device import is_out_of_memory, resolve_device
-from diffsynth.errors import MemoryBudgetError, RequestError
+from diffsynth.device import out_of_memory_told, resolve_device
+from diffsynth.errors import RequestError
 from diffsynth.loader import NetworkKind, find_network, model_version
 from diffsynth.pipelines.inputs import fit_request, inputs_by_path
 from diffsynth.pipelines.limits import AUTO
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 DISTILLED_LORA_STRENGTH = 0.8
 """Of the public API; the official commands have 1."""
+
+LESS_MEMORY = "--vram-limit auto, a smaller --vram-limit, or fewer --frames"
+"""What to try where a device has too little memory."""
 
 _IN_BYTES: Mapping[str, Any] = {"unit": "B", "unit_scale": True}
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -68,7 +71,7 @@ def run(
     request = fit_request(request)
     inputs = inputs_by_path(request)
     pipe = load_pipeline(models, request)
-    with out_of_memory_told(), phases(quiet) as on_progress:
+    with out_of_memory_told(LESS_MEMORY), phases(quiet) as on_progress:
         result = pipe.generate(request, inputs, on_progress)
     write(result, output)
     if stats:
@@ -102,24 +105,6 @@ def write(result: Result, output: Path) -> None:
             logger.error("%s", way_out(path, result.record))
         raise
     logger.info("%s (seed %s)", output, result.request.seed)
-
-
-@contextmanager
-def out_of_memory_told() -> Iterator[None]:
-    """Say what to do when the device has too little memory.
-
-    Raises:
-        MemoryBudgetError: instead of what the device's library raises.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryBudgetError(
-            f"the device ran out of memory: {str(error).splitlines()[0]}",
-            hint="--vram-limit auto, a smaller --vram-limit, or fewer --frames",
-        ) from error
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -23,7 +23,7 @@ from diffsynth.device.accelerators import CudaBackend, MpsBackend, NpuBackend
 from diffsynth.device.base import Backend, Capabilities, Event, MemoryFigures, Stream
 from diffsynth.device.context import CONTEXT_BYTES, measured_context
 from diffsynth.device.host import PINNED, CpuBackend, PinnedBudget, host_memory
-from diffsynth.errors import RequestError
+from diffsynth.errors import MemoryBudgetError, RequestError
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -42,6 +42,7 @@ __all__ = [
     "host_memory",
     "is_out_of_memory",
     "measured_context",
+    "out_of_memory_told",
     "register_backend",
     "resolve_device",
     "unregister_backend",
@@ -164,6 +165,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+
+@contextmanager
+def out_of_memory_told(hint: str, what: str = "") -> Iterator[None]:
+    """Within the ``with`` block a device without memory is told with what needs less.
+
+    Args:
+        hint: settings to try.
+        what: the device ran out of memory in, for the message.
+
+    Raises:
+        MemoryBudgetError: instead of what the device's library raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        place, first = f" in {what}" if what else "", str(error).splitlines()[0]
+        raise MemoryBudgetError(f"the device ran out of memory{place}: {first}", hint=hint) from error
 
 
 def _is_available(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.conditioning.tokens import audio_latent_frames
-from diffsynth.device import backend_for, resolve_device
+from diffsynth.device import backend_for, out_of_memory_told, resolve_device
 from diffsynth.errors import OutputError, RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.models.ltx2.tiling import TileConfig
@@ -30,7 +30,6 @@ from diffsynth.pipelines.units import encode_with
 from diffsynth.training.clip_jobs import ClipJob, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
-from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.samples import Sample, entry_of, write_index
 from diffsynth.utils.audio import read_audio
 from diffsynth.utils.images import fit_frames, read_video
@@ -76,9 +75,9 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     jobs, broken = plan_jobs(_told("look at clips", clips, on_progress), data, models)
     _make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
-    with out_of_memory_told("the text model", 'device = "cpu" for this command'):
+    with out_of_memory_told('device = "cpu" for this command', "the text model"):
         _encode_captions(config, text, captions, [job.caption for job in todo.values()], on_progress)
-    with out_of_memory_told("the encoders", "smaller buckets"):
+    with out_of_memory_told("smaller buckets", "the encoders"):
         broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
     for where, reason in broken:
         logger.warning("%s is left out: %s", where, reason)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsynth import __version__
-from diffsynth.device import resolve_device
+from diffsynth.device import out_of_memory_told, resolve_device
 from diffsynth.errors import Cancelled, CheckpointError, DiffSynthError
 from diffsynth.loader import ModelConfig, NetworkKind
 from diffsynth.models.ltx2.transformer import LTX2Transformer
@@ -23,7 +23,6 @@ from diffsynth.training.adapters import TrainableLora
 from diffsynth.training.batches import BatchPlan, random_source
 from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.config import DTYPES, FULL, TrainConfig
-from diffsynth.training.memory import out_of_memory_told
 from diffsynth.training.metrics import LossMeans, open_metrics
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
@@ -102,7 +101,7 @@ def train(
     if state is not None:
         run.restore(TrainingState.load(state, fingerprint))
     smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
-    with out_of_memory_told("training", smaller):
+    with out_of_memory_told(smaller, "training"):
         return run.go(checkpoints, on_step, should_stop)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffsynth.cli.generate import out_of_memory_told
+from diffsynth.cli.generate import LESS_MEMORY
+from diffsynth.device import out_of_memory_told
 from diffsynth.errors import MemoryBudgetError
 from diffsynth.pipelines.rescue import FinalLatents
 from diffsynth.vram.cache import FOLDER_VARIABLE
@@ -212,10 +213,15 @@ def test_what_decode_refuses(here: Here, tmp_path: Path, ltx_2_3: Path) -> None:
 def test_a_device_without_memory_ends_with_exit_code_4() -> None:
     with (
         pytest.raises(MemoryBudgetError, match="ran out of memory: tried 9 GB") as caught,
-        out_of_memory_told(),
+        out_of_memory_told(LESS_MEMORY),
     ):
         raise torch.OutOfMemoryError("tried 9 GB\nand more")
     assert caught.value.exit_code == 4
     assert "--vram-limit auto" in caught.value.hint
-    with pytest.raises(ZeroDivisionError), out_of_memory_told():
+    with (
+        pytest.raises(MemoryBudgetError, match="ran out of memory in training: tried 9 GB"),
+        out_of_memory_told("smaller", "training"),
+    ):
+        raise torch.OutOfMemoryError("tried 9 GB")
+    with pytest.raises(ZeroDivisionError), out_of_memory_told("smaller"):
         raise ZeroDivisionError
