@@ -60,7 +60,7 @@ class AudioEncoder(nn.Module):
         self.mid = MiddleBlocks(widths[-1])
         self.norm_out = PixelNorm()
         self.conv_out = CausalConv2d(widths[-1], 2 * config.z_channels, 3)
-        self.per_channel_statistics = PerChannelStatistics(config.ch)
+        self.per_channel_statistics = PerChannelStatistics(config.num_statistics)
 
     def encode(self, mel: Tensor) -> Tensor:
         """Encode a spectrogram.
@@ -116,7 +116,7 @@ class AudioDecoder(nn.Module):
         )
         self.norm_out = PixelNorm()
         self.conv_out = CausalConv2d(widths[0], config.out_ch, 3)
-        self.per_channel_statistics = PerChannelStatistics(config.ch)
+        self.per_channel_statistics = PerChannelStatistics(config.num_statistics)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode a latent.

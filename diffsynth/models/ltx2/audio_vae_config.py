@@ -32,8 +32,10 @@ _IGNORED_DDCONFIG = frozenset(
 class AudioVAEConfig:
     """Architecture of encoder and decoder; the defaults are those of every released checkpoint.
 
-    ``ch`` is the width of the finest level and the length of the two statistics vectors, ``ch_mult`` the
-    width of each level in multiples of it, ``mel`` the spectrogram that the networks were trained on.
+    ``ch`` is the width of the finest level, ``ch_mult`` the width of each level in multiples of it, ``mel``
+    the spectrogram that the networks were trained on.  ``latent_bins`` is F, frequency bins of the latent:
+    the released files do not state it, since their ``ch`` is also the number of statistics, one per latent
+    channel and bin.  A network narrower than that states it.
     """
 
     ch: int = 128
@@ -42,25 +44,38 @@ class AudioVAEConfig:
     in_channels: int = 2
     out_ch: int = 2
     z_channels: int = 8
+    latent_bins: int = 0
     mel: MelConfig = field(default_factory=MelConfig)
 
     def __post_init__(self) -> None:
-        shared = self.ch == 1  # one statistic for all features
-        if not self.ch_mult or self.z_channels <= 0 or (self.ch % self.z_channels and not shared):
+        stated = self.latent_bins > 0
+        if (
+            not self.ch_mult
+            or min(self.ch, self.z_channels) <= 0
+            or self.latent_bins < 0
+            or (self.ch % self.z_channels and not stated and not self.shares_statistic)
+        ):
             raise CheckpointError(
-                f"audio VAE: ch={self.ch}, z_channels={self.z_channels}, ch_mult={self.ch_mult} do not fit",
+                f"audio VAE: ch={self.ch}, z_channels={self.z_channels}, ch_mult={self.ch_mult}, "
+                f"latent_bins={self.latent_bins} do not fit",
                 hint="the metadata is damaged: `diffsynth inspect FILE`",
+            )
+        if not stated:
+            # Where a single value serves all, every level but the last halves the mel bins.
+            halved = self.mel.mel_bins // 2 ** (len(self.ch_mult) - 1)
+            object.__setattr__(
+                self, "latent_bins", self.ch // self.z_channels if self.ch >= self.z_channels else halved
             )
 
     @property
-    def latent_bins(self) -> int:
-        """F, frequency bins of the latent: the statistics have one value per channel and bin.
+    def shares_statistic(self) -> bool:
+        """Whether one mean and one deviation serve all latent features."""
+        return self.ch == 1
 
-        Where a single value serves all, every level but the last halves the mel bins.
-        """
-        if self.ch >= self.z_channels:
-            return self.ch // self.z_channels
-        return self.mel.mel_bins // 2 ** (len(self.ch_mult) - 1)
+    @property
+    def num_statistics(self) -> int:
+        """Length of the two statistics vectors: one value per latent channel and bin, or one for all."""
+        return 1 if self.shares_statistic else self.z_channels * self.latent_bins
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -131,8 +146,11 @@ class AudioVAEConfig:
                 "these tensors are not those of an audio VAE encoder or decoder with its statistics",
                 hint="see what the file holds: `diffsynth inspect FILE`",
             )
-        released, ch = cls(), statistics[0]
+        released, num_statistics = cls(), statistics[0]
+        # A width is a multiple of the number of statistics in every released file, and `ch` is that number.
+        ch = widths[0] if widths[0] % num_statistics else num_statistics
         z_channels = encoder["conv_out.conv.weight"][0] // 2 if encoder else decoder["conv_in.conv.weight"][1]
+        bins = num_statistics // z_channels if num_statistics > 1 else 0
         return cls(
             ch=ch,
             ch_mult=tuple(width // ch for width in widths),
@@ -140,7 +158,8 @@ class AudioVAEConfig:
             in_channels=encoder["conv_in.conv.weight"][1] if encoder else released.in_channels,
             out_ch=decoder.get("conv_out.conv.weight", (released.out_ch,))[0],
             z_channels=z_channels,
-            mel=released.mel if ch == 1 else MelConfig(mel_bins=ch // z_channels * 2 ** (len(widths) - 1)),
+            latent_bins=bins,
+            mel=MelConfig(mel_bins=bins * 2 ** (len(widths) - 1)) if bins else released.mel,
         )
 
 

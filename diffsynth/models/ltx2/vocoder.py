@@ -217,7 +217,11 @@ class Generator(nn.Module):
         config: sizes.
         block: makes one residual block from (channels, kernel size, dilations).
         act_post: activation before the last convolution.
+
+    ``num_channels`` is how many sound channels it reads and makes: two, but in a subclass for training.
     """
+
+    num_channels: ClassVar[int] = STEREO
 
     def __init__(
         self,
@@ -228,7 +232,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         width = config.upsample_initial_channel
-        self.conv_pre = Conv1d(STEREO * MEL_BINS, width, 7, padding=3)
+        self.conv_pre = Conv1d(self.num_channels * MEL_BINS, width, 7, padding=3)
         self.ups = nn.ModuleList()
         self.resblocks = nn.ModuleList()
         for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
@@ -241,7 +245,7 @@ class Generator(nn.Module):
             ):
                 self.resblocks.append(block(width, size, dilations))
         self.act_post = act_post(width)
-        self.conv_post = Conv1d(width, STEREO, 7, padding=3, bias=config.use_bias_at_final)
+        self.conv_post = Conv1d(width, self.num_channels, 7, padding=3, bias=config.use_bias_at_final)
 
     def generate(self, mel: Tensor) -> Tensor:
         """Everything up to the final activation.
@@ -255,10 +259,10 @@ class Generator(nn.Module):
         Raises:
             RequestError: another number of axes, channels or bins.
         """
-        if mel.ndim != 4 or (mel.shape[1], mel.shape[3]) != (STEREO, MEL_BINS):
+        if mel.ndim != 4 or (mel.shape[1], mel.shape[3]) != (self.num_channels, MEL_BINS):
             raise RequestError(
                 f"the vocoder cannot read a spectrogram of shape {tuple(mel.shape)}",
-                hint=f"(batch, {STEREO}, frames, {MEL_BINS})",
+                hint=f"(batch, {self.num_channels}, frames, {MEL_BINS})",
             )
         x = self.conv_pre(mel.transpose(2, 3).flatten(1, 2))
         for i in range(len(self.ups)):

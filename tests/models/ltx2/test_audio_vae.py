@@ -88,6 +88,20 @@ def test_infer_from_module_keys_of_another_size(kind: type[Net]) -> None:
     assert AudioVAEConfig.infer({k: tuple(t.shape) for k, t in kind(config).state_dict().items()}) == config
 
 
+@pytest.mark.parametrize("kind", [AudioEncoder, AudioDecoder])
+def test_a_narrow_network_states_the_bins_of_its_latent(kind: type[Net]) -> None:
+    ddconfig = {"ch": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 3, "mel_bins": 8}
+    config = AudioVAEConfig.from_sections(
+        {"audio_vae": {"model": {"params": {"ddconfig": {**ddconfig, "latent_bins": 4}}}}}
+    )
+    state = {key: tuple(t.shape) for key, t in kind(config).state_dict().items()}
+    assert config.widths == (4, 8)
+    assert state["per_channel_statistics.mean-of-means"] == (12,)
+    assert AudioVAEConfig.infer(state) == config
+    with pytest.raises(CheckpointError, match="latent_bins"):
+        AudioVAEConfig(ch=4, z_channels=3)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [{}, {"vocoder.conv_pre.weight": (8, 128, 7)}, {"audio_vae.encoder.conv_in.conv.weight": (8, 2, 3, 3)}],
