@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.offload_row import Case, Row
 from benchmarks.synthetic import Dimensions
-from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.conditioning.tokens import audio_latent_frames, video_latent_shape
+from diffsynth.models.ltx2.connectors import TEXT_LENGTH
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 FRAME_RATE = 24.0
@@ -92,7 +92,7 @@ def measure_peer(
         "transformer": dict(dimensions.sections["transformer"]),
         "latent": video_latent_shape(case.num_frames, case.height, case.width),
         "audio_tokens": audio_latent_frames(case.num_frames, FRAME_RATE),
-        "text_tokens": CONTEXT_LENGTH,
+        "text_tokens": TEXT_LENGTH,
         "passes": case.passes,
         "steps": case.steps,
         "cap_bytes": cap_bytes,

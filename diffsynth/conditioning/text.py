@@ -1,6 +1,6 @@
 """Prompt -> token ids -> hidden states -> features -> the contexts that the diffusion model reads.
 
-n valid tokens of a prompt, T context length (1024).
+n valid tokens of a prompt, T context length: it belongs to the checkpoint, 1024 in the released ones.
 
 No chat template and no system prompt: the bare prompt is encoded, as in official ltx-core 1.0.0.
 """
@@ -17,13 +17,10 @@ from torch import Tensor
 from diffsynth.errors import CheckpointError
 from diffsynth.models.gemma3 import Gemma3TextModel
 from diffsynth.models.gemma3_config import Gemma3Config
-from diffsynth.models.ltx2.connectors import TextConnectors
+from diffsynth.models.ltx2.connectors import TEXT_LENGTH, TextConnectors
 from diffsynth.models.ltx2.feature_extractor import PromptFeatures, Slices
 
 logger = logging.getLogger(__name__)
-
-CONTEXT_LENGTH = 1024
-"""Positions of a context, all of them always used: registers stand where a shorter prompt has no tokens."""
 
 _HINT = (
     "download tokenizer.json and tokenizer_config.json of google/gemma-3-12b-it-qat-q4_0-unquantized "
@@ -59,7 +56,7 @@ class PromptTokenizer:
         self._bos_id = self._special_id(path, "<bos>")
         self._pad_id = self._special_id(path, "<pad>", "<eos>")
 
-    def encode(self, text: str, max_length: int = CONTEXT_LENGTH) -> list[int]:
+    def encode(self, text: str, max_length: int = TEXT_LENGTH) -> list[int]:
         """Valid token ids, 1 (an empty prompt: just ``<bos>``) to ``max_length`` of them.
 
         A longer prompt loses its end, and a warning is logged.
@@ -74,7 +71,7 @@ class PromptTokenizer:
             )
         return ids[:max_length]
 
-    def count(self, text: str, max_length: int = CONTEXT_LENGTH) -> int:
+    def count(self, text: str, max_length: int = TEXT_LENGTH) -> int:
         """How many ids :meth:`encode` gives; nothing is logged."""
         return min(len(self._ids(text)), max_length)
 
@@ -91,7 +88,7 @@ class PromptTokenizer:
         found: int | None = self.tokenizer.token_to_id(token)
         return found
 
-    def encode_padded(self, text: str, max_length: int = CONTEXT_LENGTH) -> tuple[list[int], list[int]]:
+    def encode_padded(self, text: str, max_length: int = TEXT_LENGTH) -> tuple[list[int], list[int]]:
         """Ids padded on the left to ``max_length``, and their attention mask (1 = valid)."""
         ids = self.encode(text, max_length)
         num_pad = max_length - len(ids)
@@ -147,7 +144,7 @@ def encode_prompts(
     tokenizer: PromptTokenizer,
     prompts: Sequence[str],
     *,
-    length: int = CONTEXT_LENGTH,
+    length: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     slices: Slices | None = None,
@@ -159,7 +156,7 @@ def encode_prompts(
         connectors: feature extractor and connectors of the same checkpoint family.
         tokenizer: of the text model.
         prompts: positive and negative ones alike.
-        length: T, a multiple of the number of registers.
+        length: T, a multiple of the number of registers; the one of the checkpoint if not given.
         device: where everything computes; the device of Gemma's final norm if not given.
         dtype: compute dtype and that of the results; the one of Gemma's final norm if not given.
         slices: source of the projection's slices where they are streamed.
@@ -179,7 +176,7 @@ def prompt_features(
     tokenizer: PromptTokenizer,
     prompts: Sequence[str],
     *,
-    length: int = CONTEXT_LENGTH,
+    length: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     slices: Slices | None = None,
@@ -195,6 +192,7 @@ def prompt_features(
             hint="LTX-2 needs Gemma 3 12B",
         )
     device, dtype = device or gemma.norm.weight.device, dtype or gemma.norm.weight.dtype
+    length = length or connectors.config.text_length
     ids = [tokenizer.encode(prompt, length) for prompt in prompts]
     check_vocabulary([i for row in ids for i in row], gives)
     sums = connectors.text_embedding_projection.begin(len(ids), slices=slices)
@@ -220,10 +218,11 @@ def check_vocabulary(ids: Sequence[int], config: Gemma3Config) -> None:
 
 
 def contexts_from_features(
-    connectors: TextConnectors, features: Sequence[PromptFeatures], *, length: int = CONTEXT_LENGTH
+    connectors: TextConnectors, features: Sequence[PromptFeatures], *, length: int | None = None
 ) -> list[PromptContext]:
     """Second half of :func:`encode_prompts`: the text model is not needed any more."""
     if not features:
         return []
+    length = length or connectors.config.text_length
     with torch.no_grad():
         return [PromptContext(row.video, row.audio) for row in connectors(features, length)]

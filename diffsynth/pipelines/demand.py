@@ -12,7 +12,6 @@ from math import prod
 from typing import TypeAlias
 
 from diffsynth.conditioning.enhance import Chat
-from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.pipelines.costs.audio import audio_decoder_cost, audio_encoder_cost, vocoder_cost
 from diffsynth.pipelines.costs.cost import Cost
@@ -114,7 +113,7 @@ def phases(
 ) -> Iterator[PhaseDemand]:
     """What :func:`demands_for` returns, one by one: whoever looks for one that does not fit need not wait."""
     if text is True:
-        text = (CONTEXT_LENGTH,) * (2 if guided(request) else 1)
+        text = (sizes.text_length,) * (2 if guided(request) else 1)
     held = _statistics_bytes(sizes)
     if chat is not None:
         yield from (_holding(demand, held) for demand in enhance_demands(chat, sizes, MATRIX_WORKSPACE))
@@ -209,7 +208,7 @@ def measured(version: ModelVersion, storage: Storage | str, parts: Parts | Model
 
 
 def _text_phases(tokens: Sequence[int], sizes: ModelSizes) -> Iterable[PhaseDemand]:
-    length, itemsize = CONTEXT_LENGTH, sizes.itemsize
+    length, itemsize = sizes.text_length, sizes.itemsize
     if not sizes.has("text_encoder_post_modules"):
         return
     config, post = sizes.connectors, sizes.parts["text_encoder_post_modules"]
@@ -249,7 +248,7 @@ def _denoise(request: GenerateRequest, stage: Stage, sizes: ModelSizes, lora: Lo
     step = DenoiseSizes(
         video=video,
         audio=audio,
-        text=CONTEXT_LENGTH,
+        text=sizes.text_length,
         passes=len(kinds),
         contexts=2 if PassKind.UNCOND in kinds else 1,
         prompts=2 if guided(request) else 1,

@@ -2,7 +2,6 @@
 
 import torch
 
-from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.device import backend_for
 from diffsynth.loader import NetworkKind
 from diffsynth.pipelines.assemble import PART_OF, Assembly, OpenedModels
@@ -48,11 +47,12 @@ def _add_caches(assembly: Assembly, opened: OpenedModels, storage: Storage, dtyp
         return
     folder = default_folder().parent / "prompts"
     files = [path for weights in found for path in weights.files.paths]
+    length = opened.networks[NetworkKind.TEXT_CONNECTORS].config.text_length
     formats = [storage.policy_of(part, weights, dtype) for part, weights in networks.items()]
     assembly.parts.prompt_cache = PromptCache(
         folder,
         files=[*files, *opened.tokenizer.files],
-        settings=f"{'; '.join(formats)}; {CONTEXT_LENGTH} tokens",
+        settings=f"{'; '.join(formats)}; {length} tokens",
     )
     assembly.parts.enhanced_cache = EnhancedPromptCache(
         folder, files=[*found[0].files.paths, *opened.tokenizer.files], settings=formats[0]

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from diffsynth.conditioning.enhance import Chat
-from diffsynth.conditioning.text import CONTEXT_LENGTH
 from diffsynth.device import Backend
 from diffsynth.errors import MemoryBudgetError
 from diffsynth.loader import NetworkWeights
@@ -120,7 +119,8 @@ class ManagedMemory:
             "storage": self._storage,
             "lora": self._lora_sizes(request, loras),
             "parts": self._sizes,
-            "text": [self._num_tokens(prompt) for prompt in prompts] + ([CONTEXT_LENGTH] if chat else []),
+            "text": [self._num_tokens(prompt) for prompt in prompts]
+            + ([self._sizes.text_length] if chat else []),
             "chat": chat,
         }
         self._demands = demands_for(request, self._parts.version, **how)
@@ -245,7 +245,7 @@ class ManagedMemory:
 
     def _num_tokens(self, prompt: str) -> int:
         assert self._parts.tokenizer is not None
-        return self._parts.tokenizer.count(prompt)
+        return self._parts.tokenizer.count(prompt, self._sizes.text_length)
 
     def _lora_sizes(self, request: GenerateRequest, loras: StageLoras) -> dict[int, LoraSize]:
         """By stage what travels beside the weights, exactly as it will be packed."""

@@ -10,7 +10,7 @@ from diffsynth.errors import CheckpointError
 from diffsynth.models.gemma3_config import Gemma3Config
 from diffsynth.models.gemma3_vision import Gemma3VisionConfig
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
-from diffsynth.models.ltx2.connectors import TextConnectorsConfig
+from diffsynth.models.ltx2.connectors import TEXT_LENGTH, TextConnectorsConfig
 from diffsynth.models.ltx2.transformer_config import TransformerConfig
 from diffsynth.models.ltx2.upsampler import UpsamplerConfig
 from diffsynth.models.ltx2.video_vae_config import VideoVAEConfig
@@ -102,6 +102,11 @@ class ModelSizes:
     def connectors(self) -> TextConnectorsConfig:
         """Of the part ``text_encoder_post_modules``."""
         return self._config("text_encoder_post_modules", TextConnectorsConfig)
+
+    @property
+    def text_length(self) -> int:
+        """Positions of a context; as released where the connectors are missing."""
+        return self.connectors.text_length if self.has("text_encoder_post_modules") else TEXT_LENGTH
 
     @property
     def upsampler(self) -> UpsamplerConfig:

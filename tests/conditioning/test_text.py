@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,6 +71,18 @@ def test_encoding_together_equals_encoding_alone(
         assert not context.video.requires_grad
     assert not torch.equal(together[0].video, together[1].video)
     assert encode_prompts(gemma, connectors, tokenizer, [], length=256) == []
+
+
+def test_the_length_is_that_of_the_checkpoint(
+    gemma: Gemma3TextModel, connectors: TextConnectors, tokenizer: PromptTokenizer
+) -> None:
+    short = TextConnectors(replace(connectors.config, text_length=256))
+    short.load_state_dict(connectors.state_dict())
+    (context,) = encode_prompts(gemma, short, tokenizer, ["a prompt"])
+    (expected,) = encode_prompts(gemma, connectors, tokenizer, ["a prompt"], length=256)
+    assert context.video.shape == (1, 256, 16)
+    assert torch.equal(context.video, expected.video)
+    assert torch.equal(context.audio, expected.audio)
 
 
 def test_compute_dtype_is_that_of_the_call(

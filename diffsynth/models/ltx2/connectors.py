@@ -1,6 +1,7 @@
 """Embeddings connectors: small bidirectional transformers between the text features and the diffusion model.
 
-n valid tokens of a prompt, T context length (1024), R learned registers (128), W width, H heads, d head size.
+n valid tokens of a prompt, T context length (1024 as released), R learned registers (128), W width, H heads,
+d head size.
 
 Every context has T positions: the n features first, then registers instead of padding.
 
@@ -58,6 +59,9 @@ _REQUIRED = {
 
 _HINT = "the file is newer than this diffsynth, or another model: `diffsynth inspect FILE`"
 
+TEXT_LENGTH = 1024
+"""Positions of a context in the released models, which state them nowhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectorConfig:
@@ -83,6 +87,7 @@ class _Section:
     """The keys that are read, with the defaults of the file format (those of the official code)."""
 
     caption_channels: int
+    text_length: int | None = None
     num_attention_heads: int = 32
     attention_head_dim: int = 128
     audio_num_attention_heads: int = 32
@@ -123,6 +128,17 @@ class _Section:
             )
         return form
 
+    def length(self) -> int:
+        """Positions of a context.  Raises CheckpointError when registers do not fill what is stated."""
+        if self.text_length is None:
+            return TEXT_LENGTH
+        for registers in (self.connector(audio=audio).num_registers for audio in (False, True)):
+            if self.text_length < 1 or self.text_length % registers:
+                raise CheckpointError(
+                    f"a text length of {self.text_length} for {registers} registers", hint=_HINT
+                )
+        return self.text_length
+
     def connector(self, *, audio: bool) -> ConnectorConfig:
         """One connector; the audio keys fall back to the plain ones field by field."""
 
@@ -151,11 +167,15 @@ class _Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConnectorsConfig:
-    """Feature extractor and both connectors."""
+    """Feature extractor and both connectors.
+
+    ``text_length`` is T: a diffusion transformer reads as many positions as it was trained with.
+    """
 
     features: FeatureExtractorConfig
     video: ConnectorConfig
     audio: ConnectorConfig
+    text_length: int = TEXT_LENGTH
 
     def __post_init__(self) -> None:
         """Raises CheckpointError when a connector does not fit the features it receives."""
@@ -201,6 +221,7 @@ class TextConnectorsConfig:
             ),
             video=section.connector(audio=False),
             audio=section.connector(audio=True),
+            text_length=section.length(),
         )
 
     @classmethod

@@ -30,6 +30,7 @@ _TEXT_SIDE = frozenset(
     "caption_projection_first_linear",
     "caption_projection_second_linear",
     "text_encoder_norm_type",
+    "text_length",
     "use_embeddings_connector",
 }
 

@@ -73,6 +73,13 @@ def test_shapes_alone_tell_the_released_configuration(name: str) -> None:
     assert TextConnectorsConfig.from_sections(load(f"config.{name}.text"), shapes) == config
 
 
+def test_the_text_length_is_that_of_the_configuration() -> None:
+    assert TextConnectorsConfig.from_sections(section()).text_length == 1024
+    assert TextConnectorsConfig.from_sections(section(text_length=256)).text_length == 256
+    with pytest.raises(CheckpointError, match="text length of 100 for 128 registers"):
+        TextConnectorsConfig.from_sections(section(text_length=100))
+
+
 def test_audio_falls_back_to_the_plain_keys_field_by_field() -> None:
     config = TextConnectorsConfig.from_sections(section())
     assert (config.video.num_heads, config.video.head_dim, config.video.num_layers) == (32, 128, 8)
