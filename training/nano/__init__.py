@@ -1,0 +1,1 @@
+"""The recipe of the nano family: ``python -m training.nano all --folder FOLDER``."""
