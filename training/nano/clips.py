@@ -173,6 +173,11 @@ class Scenes:
         return kinds[torch.arange(len(self), device=pings.device), self.sound_kind]
 
 
+def as_uint8(video: Tensor) -> Tensor:
+    """(B, 3, F, H, W) in [-1, 1] to (B, F, H, W, 3) uint8, as videos are written and judged."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
 def dense_video(
     count: int,
     side: int,
