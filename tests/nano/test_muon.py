@@ -64,8 +64,7 @@ def test_masters_of_narrow_parameters() -> None:
     before = net.weight.detach().clone()
     optimizer = MuonAdamW(net.named_parameters(), lr=1e-3)
     for _ in range(200):
-        net.weight.float().sum().backward()
-        net.bias.float().sum().backward()
+        torch.autograd.backward([net.weight.float().sum(), net.bias.float().sum()])
         optimizer.step()
     assert net.weight.dtype == torch.bfloat16
     moved = (before - net.weight.detach()).float()

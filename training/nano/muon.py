@@ -8,7 +8,8 @@ update from J. Liu et al., "Muon is scalable for LLM training" (2025).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,20 @@ class MuonAdamW:
             torch._foreach_copy_([self._parameters[i][1] for i in narrow], [self._masters[i] for i in narrow])
         for _, parameter in self._parameters:
             parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on from here, the parameters included."""
+        adamw = None if self._adamw is None else self._adamw.state_dict()
+        return {"masters": self._masters, "momenta": self._momenta, "adamw": adamw}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict` of an optimiser over the same parameters; they change too."""
+        torch._foreach_copy_(self._masters, list(state["masters"]))
+        torch._foreach_copy_([p for _, p in self._parameters], self._masters)
+        self._momenta = {shape: m.to(self._masters[0].device) for shape, m in state["momenta"].items()}
+        if self._adamw is not None:
+            self._adamw.load_state_dict(state["adamw"])
 
     def _muon(self, shape: tuple[int, int], indices: list[int], lr: float) -> None:
         """One step of the matrices of one shape; one without a gradient counts as having zeros."""
