@@ -72,7 +72,7 @@ class Crowded(StandInBackend):
     ("change", "found"), [(6 * GB, CONTEXT_LIMIT_BYTES), (-GB, CONTEXT_BYTES + CONTEXT_MARGIN_BYTES)]
 )
 def test_what_others_do_meanwhile_is_bounded(change: int, found: int) -> None:
-    with standin(CONTEXT_BYTES, 700 * MB) as device:
+    with standin(CONTEXT_BYTES, 900 * MB) as device:
         device.take_elsewhere(GB)
         backend = Crowded(device)
         backend.change = change
