@@ -99,13 +99,16 @@ def main(
     folder: Annotated[Path, typer.Option(help="Of all results.")],
     device: Annotated[str, typer.Option(help="To train on.")] = "cpu",
     steps: Annotated[int | None, typer.Option(help="Instead of the number in the settings.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of training, for the stages that plan their steps by it.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the one in the settings.")] = None,
 ) -> None:
     """Train the nano family; what is done is skipped."""
     torch.backends.cudnn.benchmark = True
     folder.mkdir(parents=True, exist_ok=True)
     for stage in _WORK if Stage.ALL in stages else stages:
-        run(stage, folder, device, {"steps": steps, "seed": seed})
+        run(stage, folder, device, {"steps": steps, "minutes": minutes, "seed": seed})
 
 
 if __name__ == "__main__":

@@ -90,8 +90,28 @@ def train(settings: UpsamplerSettings, folder: Path, device: str) -> dict[str, A
     section = config_section(settings, encoder.config.latent_channels)
     upsampler = LatentUpsampler(UpsamplerConfig.from_sections(section)).to(device, dtype)
     print(f"{NAME}: {sum(p.numel() for p in upsampler.parameters()):,} parameters", flush=True)
+    state = folder / "partial" / f"{NAME}.pt"
+    _optimize(upsampler, encoder, decoder, settings, state, device)
+    upsampler.requires_grad_(False)
+    upsampler.bfloat16().to(dtype)  # measured as it will be loaded
+    quality = measure(upsampler, encoder, decoder, settings, device)
+    print(f"{NAME} {quality}", flush=True)
+    notes = {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)}
+    write_network(folder, NAME, [upsampler], section, notes, section_name="")
+    state.unlink(missing_ok=True)
+    return quality
+
+
+def _optimize(
+    upsampler: LatentUpsampler,
+    encoder: VideoEncoder,
+    decoder: VideoDecoder,
+    settings: UpsamplerSettings,
+    state: Path,
+    device: str,
+) -> None:
     pools = [_encode_pool(pool, encoder, index, device) for index, pool in enumerate(settings.pools)]
-    print(f"{NAME}: pairs encoded after {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{NAME}: pairs are encoded", flush=True)
     statistics = decoder.per_channel_statistics
     optimizer = MuonAdamW(
         upsampler.named_parameters(),
@@ -113,7 +133,6 @@ def train(settings: UpsamplerSettings, folder: Path, device: str) -> dict[str, A
     def schedule(step: int, steps: int) -> float:
         return learning_rate_scale(step, steps, warm_up=settings.warm_up, floor=settings.floor)
 
-    state = folder / "partial" / f"{NAME}.pt"
     loop = Loop(
         name=NAME,
         steps=settings.steps,
@@ -123,14 +142,6 @@ def train(settings: UpsamplerSettings, folder: Path, device: str) -> dict[str, A
         report_s=settings.report_s,
     )
     loop.run(optimizer, loss_at)
-    upsampler.requires_grad_(False)
-    upsampler.bfloat16().to(dtype)  # measured as it will be loaded
-    quality = measure(upsampler, encoder, decoder, settings, device)
-    print(f"{NAME} {quality}", flush=True)
-    notes = {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)}
-    write_network(folder, NAME, [upsampler], section, notes, section_name="")
-    state.unlink(missing_ok=True)
-    return quality
 
 
 def load_video_vae(folder: Path, dtype: torch.dtype, device: str) -> tuple[VideoEncoder, VideoDecoder]:

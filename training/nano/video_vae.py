@@ -212,8 +212,24 @@ def train(settings: VideoVAESettings, folder: Path, device: str) -> dict[str, An
         vae = vae.bfloat16()
     halves = [sum(p.numel() for p in half.parameters()) for half in (vae.encoder, vae.decoder)]
     print(f"{NAME}: encoder {halves[0]:,} parameters, decoder {halves[1]:,}", flush=True)
-    steps = _plan(vae, settings, device)
     state = folder / "partial" / f"{NAME}.pt"
+    _optimize(vae, settings, state, device)
+    vae.eval().requires_grad_(False)
+    store_statistics(vae, settings, device)
+    dtype = next(vae.parameters()).dtype
+    vae.bfloat16().to(dtype)  # measured as it will be loaded
+    quality = measure_video_vae(
+        vae.encoder, vae.decoder, settings.judged_sides, settings.judged_clips, device
+    )
+    print(f"{NAME} {quality}", flush=True)
+    notes = {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)}
+    write_network(folder, NAME, [vae.encoder, vae.decoder], section, notes, section_name="vae")
+    state.unlink(missing_ok=True)
+    return quality
+
+
+def _optimize(vae: VideoVAE, settings: VideoVAESettings, state: Path, device: str) -> None:
+    _choose_layout(vae, settings, device)
     optimizer = MuonAdamW(
         vae.named_parameters(),
         lr=settings.learning_rate,
@@ -231,31 +247,13 @@ def train(settings: VideoVAESettings, folder: Path, device: str) -> dict[str, An
 
     loop = Loop(
         name=NAME,
-        steps=steps,
+        steps=_plan(vae, optimizer, settings, device),
         schedule=schedule,
         state=state,
         report=_report(vae, settings.report_sides, device),
         report_s=settings.report_s,
     )
     loop.run(optimizer, loss_at)
-    vae.eval().requires_grad_(False)
-    store_statistics(vae, settings, device)
-    # Measured as they will be loaded.
-    dtype = next(vae.parameters()).dtype
-    vae.bfloat16().to(dtype)
-    quality = measure_video_vae(
-        vae.encoder, vae.decoder, settings.judged_sides, settings.judged_clips, device
-    )
-    print(f"{NAME} {quality}", flush=True)
-    notes = {
-        "settings": asdict(settings),
-        "steps": steps,
-        "quality": quality,
-        "seconds": round(time.monotonic() - begun),
-    }
-    write_network(folder, NAME, [vae.encoder, vae.decoder], section, notes, section_name="vae")
-    state.unlink(missing_ok=True)
-    return quality
 
 
 @torch.no_grad()
@@ -304,28 +302,36 @@ def _report(vae: VideoVAE, sides: tuple[int, ...], device: str) -> Callable[[], 
     return report
 
 
-def _plan(vae: VideoVAE, settings: VideoVAESettings, device: str) -> int:
-    """Choose the faster layout in memory, time every kind of batch, and say how many steps there will be."""
+def _choose_layout(vae: VideoVAE, settings: VideoVAESettings, device: str) -> None:
+    """Take the layout in memory that is faster on CUDA; before anything refers to the parameters."""
     if torch.device(device).type != "cuda":
-        if settings.steps is None:
-            raise ValueError("the number of steps is planned on CUDA alone; elsewhere it must be given")
-        return settings.steps
+        return
     trial = settings.phases[-1].batches[0]
     taken = {}
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         _lay_out(vae, layout)
-        taken[layout] = _time_batch(vae, trial, settings, device)
-    best = min(taken, key=lambda layout: taken[layout])
-    _lay_out(vae, best)
+        taken[layout] = _time_batch(vae, trial, settings, device, vae.zero_grad)
+    _lay_out(vae, min(taken, key=lambda layout: taken[layout]))
     print(f"{NAME}: {', '.join(f'{k} {v:.1f} ms' for k, v in taken.items())}", flush=True)
+
+
+def _plan(vae: VideoVAE, optimizer: MuonAdamW, settings: VideoVAESettings, device: str) -> int:
+    """Time every kind of batch on CUDA, and say how many steps there will be."""
+    if torch.device(device).type != "cuda":
+        if settings.steps is None:
+            raise ValueError("the number of steps is planned on CUDA alone; elsewhere it must be given")
+        return settings.steps
     mean, start = 0.0, 0.0
     for phase in settings.phases:
-        times = [_time_batch(vae, batch, settings, device) for batch in phase.batches]
+        # Steps of length zero: they take their time and change nothing.
+        times = [
+            _time_batch(vae, batch, settings, device, lambda: optimizer.step(0.0)) for batch in phase.batches
+        ]
         mean += (phase.until - start) * sum(times) / len(times)
         start = phase.until
         print(f"{NAME}: until {phase.until}: {', '.join(f'{t:.0f}' for t in times)} ms", flush=True)
     steps = settings.steps or max(1, int(settings.minutes * 60_000 / mean))
-    print(f"{NAME}: {mean:.0f} ms/step, {steps} steps, about {steps * mean / 60_000:.1f} minutes", flush=True)
+    print(f"{NAME}: {mean:.1f} ms/step, {steps} steps, about {steps * mean / 60_000:.1f} minutes", flush=True)
     return steps
 
 
@@ -336,14 +342,16 @@ def _lay_out(vae: VideoVAE, layout: torch.memory_format) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
-def _time_batch(vae: VideoVAE, batch: Batch, settings: VideoVAESettings, device: str) -> float:
-    """Milliseconds of drawing a batch and of its gradients."""
+def _time_batch(
+    vae: VideoVAE, batch: Batch, settings: VideoVAESettings, device: str, finish: Callable[[], None]
+) -> float:
+    """Milliseconds of drawing a batch, of its gradients and of what ``finish`` does with them."""
     repeats, begun = 4, 0.0
     for index in range(repeats + 2):
         if index == 2:  # the first choose the kernels
             torch.cuda.synchronize()
             begun = time.monotonic()
         torch.autograd.backward(loss_of(vae, batch.draw(index, device), settings, edges=True))
-        vae.zero_grad()
+        finish()
     torch.cuda.synchronize()
     return 1000 * (time.monotonic() - begun) / repeats
