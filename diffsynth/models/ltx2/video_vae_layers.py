@@ -7,7 +7,9 @@ Memory: where gradients are off, normalisation, activation and the residual sum 
 else reads.  A block may therefore overwrite its input; the encoder and decoder never pass the caller's own.
 """
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -107,28 +109,61 @@ class TemporalPaddedConv3d(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """(B, C, F, H, W) to a new (B, C, F+2, H, W); with reflect padding (B, C, F+2, H+2, W+2)."""
-        border = 1 if self.reflect else 0
-        batch, channels, frames, height, width = x.shape
-        shape = (batch, channels, frames + 2, height + 2 * border, width + 2 * border)
         # In the layout of the weights, or the convolution would make one more copy.
-        padded = torch.empty(
-            shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(self.conv.weight)
-        )
-        middle = padded[:, :, self.before : self.before + frames]
-        if border:
-            middle[..., 1:-1, 1:-1] = x
-            middle[..., 0, 1:-1], middle[..., -1, 1:-1] = x[..., 1, :], x[..., -2, :]
-            middle[..., 0], middle[..., -1] = middle[..., 2], middle[..., -3]
-        else:
-            middle.copy_(x)
-        padded[:, :, : self.before] = middle[:, :, :1]
-        if self.after:
-            padded[:, :, -self.after :] = middle[:, :, -1:]
-        return padded
+        layout = _memory_format(self.conv.weight)
+        if torch.is_grad_enabled() and x.requires_grad:
+            apply: Callable[..., Tensor] = _Padding.apply
+            return apply(x, self.before, self.after, self.reflect, layout)
+        return _padded(x, self.before, self.after, self.reflect, layout)
 
     def forward(self, padded: Tensor) -> Tensor:
         """Args: what :meth:`pad` returned.  Returns: (B, channels_out, F, H, W)."""
         return self.conv(padded)
+
+
+def _padded(x: Tensor, before: int, after: int, reflect: bool, layout: torch.memory_format) -> Tensor:
+    border = 1 if reflect else 0
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, frames + 2, height + 2 * border, width + 2 * border)
+    padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    middle = padded[:, :, before : before + frames]
+    if border:
+        middle[..., 1:-1, 1:-1] = x
+        middle[..., 0, 1:-1], middle[..., -1, 1:-1] = x[..., 1, :], x[..., -2, :]
+        middle[..., 0], middle[..., -1] = middle[..., 2], middle[..., -3]
+    else:
+        middle.copy_(x)
+    padded[:, :, :before] = middle[:, :, :1]
+    if after:
+        padded[:, :, -after:] = middle[:, :, -1:]
+    return padded
+
+
+class _Padding(torch.autograd.Function):
+    """:func:`_padded` with its adjoint; left to autograd, every assignment costs copies of the whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, before: int, after: int, reflect: bool, layout: torch.memory_format
+    ) -> Tensor:
+        ctx.before, ctx.after, ctx.reflect = before, after, reflect
+        return _padded(x, before, after, reflect, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        gradient = gradients[0].clone()
+        last = gradient.shape[2] - ctx.after
+        middle = gradient[:, :, ctx.before : last]
+        middle[:, :, 0] += gradient[:, :, : ctx.before].sum(2)
+        if ctx.after:
+            middle[:, :, -1] += gradient[:, :, last:].sum(2)
+        if ctx.reflect:  # the last that was written gives back first
+            middle[..., 2] += middle[..., 0]
+            middle[..., -3] += middle[..., -1]
+            middle[..., 2, :] += middle[..., 0, :]
+            middle[..., -3, :] += middle[..., -1, :]
+            middle = middle[..., 1:-1, 1:-1]
+        return middle, None, None, None, None
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:

@@ -24,6 +24,8 @@ from diffsynth.models.ltx2.video_vae import (
     VideoVAEConfig,
     to_uint8,
 )
+from diffsynth.models.ltx2.video_vae_config import PaddingMode
+from diffsynth.models.ltx2.video_vae_layers import TemporalPaddedConv3d
 from tests.runners.video_vae import rename
 
 MANIFEST = Path(__file__).parents[2] / "manifest"
@@ -205,6 +207,16 @@ def test_channels_last_weights_change_nothing_but_rounding(reflect: bool) -> Non
             plain = module(x)
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
             torch.testing.assert_close(module(x), plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("size", [(1, 2, 2), (3, 4, 5)])
+def test_gradients_pass_the_padding(causal: bool, padding: PaddingMode, size: tuple[int, int, int]) -> None:
+    conv = TemporalPaddedConv3d(2, 3, causal=causal, padding=padding)
+    x = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(conv.pad, x)
+    assert torch.equal(conv.pad(x).detach(), conv.pad(x.detach()))
 
 
 def test_bfloat16_stays_bfloat16() -> None:
