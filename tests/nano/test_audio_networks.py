@@ -1,6 +1,7 @@
 """The audio VAE and the vocoder of the nano family: a step of training, and files that the loader reads."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,15 @@ from training.nano.audio_vae import AudioVAESettings, reconstruction_loss
 from training.nano.sounds import FRAMES_1S, MEL, Sounds
 from training.nano.vocoder import MonoVocoder, VocoderSettings
 
-TINY_VAE = AudioVAESettings(ch=2, z_channels=2, steps=1, batch=2)
+TINY_VAE = AudioVAESettings(ch=2, z_channels=2, steps=1, batch=2, measured=32)
 TINY_VOCODER = VocoderSettings(
-    width=8, upsample_rates=(10, 6, 4), upsample_kernel_sizes=(20, 12, 8), steps=2, batch=1, frames=12
+    width=8,
+    upsample_rates=(10, 6, 4),
+    upsample_kernel_sizes=(20, 12, 8),
+    steps=2,
+    batch=1,
+    frames=12,
+    measured=8,
 )
 
 
@@ -41,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a tiny audio VAE and a tiny vocoder, as the two stages leave it."""
     path = tmp_path_factory.mktemp("nano")
     audio_vae.train(TINY_VAE, path, "cpu")
-    assert "decoded_snr_db" in vocoder.train(TINY_VOCODER, path, "cpu")
+    assert vocoder.train(TINY_VOCODER, path, "cpu").keys() == {"true", "decoded"}
     return path
 
 
@@ -65,7 +72,7 @@ def test_statistics_make_the_latent_even(folder: Path) -> None:
     encoder = load_network(
         NetworkKind.AUDIO_ENCODER, WeightFiles(folder / "audio_vae.safetensors"), dtype=torch.float32
     )
-    latent = encoder(Sounds.draw(128, seed=2, device="cpu").mel(FRAMES_1S))
+    latent = encoder(Sounds.draw(32, seed=2, device="cpu").mel(FRAMES_1S))
     mean = latent.mean(dim=(0, 2))
     assert mean.abs().max() < 0.3
     assert latent.std(dim=(0, 2)).max() < 1.3
@@ -81,12 +88,28 @@ def test_gains_change_the_sound_and_its_spectrogram_alike() -> None:
     assert softer.mel(20).shape == (4, 2, 20, MEL.mel_bins)
 
 
-def test_errors_that_differ_between_the_sides_cost_more() -> None:
+def test_errors_that_differ_between_sides_or_frames_cost_more() -> None:
     mel = torch.full((1, 2, 5, 64), -4.0)
     error = torch.full((1, 2, 5, 64), 0.2)
     opposite = error * torch.tensor([1.0, -1.0])[:, None, None]
-    alike = reconstruction_loss(mel + error, mel, stereo_weight=4.0)
-    torch.testing.assert_close(alike, torch.tensor(3 * 0.2 + 0.05 * 0.04))
+    plain = reconstruction_loss(mel + error, mel, stereo_weight=0.0, onset_weight=0.0)
+    torch.testing.assert_close(plain, torch.tensor((3 + 4 * math.exp(-4)) * 0.2 + 0.05 * 0.04))
     torch.testing.assert_close(
-        reconstruction_loss(mel + opposite, mel, stereo_weight=4.0), alike + torch.tensor(4 * 0.4)
+        reconstruction_loss(mel + error, mel, stereo_weight=4.0, onset_weight=1.0), plain
+    )
+    torch.testing.assert_close(
+        reconstruction_loss(mel + opposite, mel, stereo_weight=4.0, onset_weight=1.0), plain + 4 * 0.4
+    )
+    blinking = error * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])[:, None]
+    torch.testing.assert_close(
+        reconstruction_loss(mel + blinking, mel, stereo_weight=4.0, onset_weight=1.0), plain + 0.4
+    )
+
+
+def test_balanced_sounds_ping_often() -> None:
+    kinds = [d.sound for d in Sounds.draw(200, seed=0, device="cpu", balanced=True).scenes.descriptions]
+    assert 60 < kinds.count("ping") < 100
+    assert 10 < kinds.count("silence") < 30
+    assert not any(
+        d.held_out for d in Sounds.draw(50, seed=1, device="cpu", balanced=True).scenes.descriptions
     )

@@ -20,6 +20,8 @@ from training.nano.sounds import FRAMES_1S, FRAMES_2S, MEL, Sounds
 NAME = "audio_vae"
 _LOUD = -8.0
 """Log mel above which a bin holds a tone; about 3.5 nats over silence."""
+_PEAK = -2.0
+"""Log mel of what decides how the sound is heard."""
 
 _MEAN_MEL = -10.5
 """Where the decoder begins; from zero the optimiser would need hundreds of steps to get there."""
@@ -30,19 +32,24 @@ _SMALLEST_DEVIATION = 0.15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioVAESettings:
-    """Sizes and training of the audio VAE; ``log_gains`` is the range of half the sounds' random gains."""
+    """Sizes and training of the audio VAE; ``log_gains`` is the range of half the sounds' random gains.
+
+    ``measured`` is the number of sounds behind the statistics and the quality.
+    """
 
     ch: int = 16
     ch_mult: tuple[int, ...] = (1, 2, 4)
     num_res_blocks: int = 1
     z_channels: int = 8
-    steps: int = 700
+    steps: int = 900
     batch: int = 8
     learning_rate: float = 2.5e-3
     noise: float = 0.15
     latent_penalty: float = 2e-3
     stereo_weight: float = 4.0
+    onset_weight: float = 1.0
     log_gains: tuple[float, float] = (-1.5, 0.4)
+    measured: int = 256
     seed: int = 0
 
 
@@ -119,7 +126,7 @@ def train(settings: AudioVAESettings, folder: Path, device: str) -> dict[str, fl
     _store_statistics(vae, settings, device)
     for network in (vae.encoder, vae.decoder):  # measured as it will be loaded
         network.bfloat16().float()
-    quality = measure(vae, device)
+    quality = measure(vae, device, settings.measured)
     print(f"{NAME} {quality}", flush=True)
     write_network(
         folder,
@@ -140,40 +147,38 @@ def _step(vae: AudioVAE, settings: AudioVAESettings, step: int, device: str) -> 
         device=device,
         gains=settings.log_gains,
         share=0.5,
+        balanced=True,
     )
     mel = sounds.mel(FRAMES_2S if long else FRAMES_1S)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         decoded, latent = vae(mel, settings.noise)
-    loss = reconstruction_loss(decoded.float(), mel, settings.stereo_weight)
+    loss = reconstruction_loss(decoded.float(), mel, settings.stereo_weight, settings.onset_weight)
     (loss + settings.latent_penalty * latent.float().square().mean()).backward()
     return loss.item()
 
 
-def reconstruction_loss(decoded: Tensor, mel: Tensor, stereo_weight: float) -> Tensor:
-    """L1 (three times where a tone is), some squared error, and the difference of the sides' errors.
+def reconstruction_loss(decoded: Tensor, mel: Tensor, stereo_weight: float, onset_weight: float) -> Tensor:
+    """L1, weighted by how loud it is, some squared error, and two differences of errors.
 
-    The last term keeps the pan: two sides that are both too soft by as much still sound from the same place.
-    Without it the two sides of the decoded sound become equal.
+    The difference of the sides' errors keeps the pan: two sides that are both too soft by as much still sound
+    from the same place.  Without it the two sides of the decoded sound become equal.  The difference of the
+    errors of successive frames keeps onsets sharp.
     """
     error = decoded - mel
     loud = (mel > _LOUD).float()
-    either = loud.amax(dim=1)
-    plain = (error.abs() * (1 + 2 * loud)).mean() + 0.05 * error.square().mean()
-    sides = ((error[:, 0] - error[:, 1]).abs() * either).mean()
-    return plain + stereo_weight * sides
+    weight = 1 + 2 * loud + 4 * mel.clamp(max=0.5).exp()
+    plain = (error.abs() * weight).mean() + 0.05 * error.square().mean()
+    sides = ((error[:, 0] - error[:, 1]).abs() * loud.amax(dim=1)).mean()
+    near = torch.maximum(loud[:, :, 1:], loud[:, :, :-1])
+    onsets = ((error[:, :, 1:] - error[:, :, :-1]).abs() * near).mean()
+    return plain + stereo_weight * sides + onset_weight * onsets
 
 
 @torch.no_grad()
 def _store_statistics(vae: AudioVAE, settings: AudioVAESettings, device: str) -> None:
-    """Mean and deviation of every latent feature over 256 sounds, into both networks."""
-    latents = torch.cat(
-        [
-            vae.encoder(Sounds.draw(64, seed=settings.seed - 1 - i, device=device).mel(FRAMES_1S)).transpose(
-                1, 2
-            )
-            for i in range(4)
-        ]
-    ).flatten(2)
+    """Mean and deviation of every latent feature over sounds as the world has them, into both networks."""
+    sounds = Sounds.draw(settings.measured, seed=settings.seed - 1, device=device)
+    latents = vae.encoder(sounds.mel(FRAMES_1S)).transpose(1, 2).flatten(2)
     deviation, mean = torch.std_mean(latents.flatten(0, 1).double(), dim=0)
     for network in (vae.encoder, vae.decoder):
         statistics = network.per_channel_statistics
@@ -182,12 +187,13 @@ def _store_statistics(vae: AudioVAE, settings: AudioVAESettings, device: str) ->
 
 
 @torch.no_grad()
-def measure(vae: AudioVAE, device: str, count: int = 64) -> dict[str, float]:
+def measure(vae: AudioVAE, device: str, count: int) -> dict[str, float]:
     """Quality on sounds that were not in training.
 
     Returns:
         ``mel_l1``, the mean absolute error of the log mel in nats; ``loud_l1``, the same where a tone is;
-        ``stereo_l1``, of the difference between the sides there; ``latent_rms`` of the normalised latent.
+        ``peak_l1``, where it is loudest; ``stereo_l1``, of the difference between the sides where a tone is;
+        ``latent_rms`` of the normalised latent.
     """
     mel = Sounds.draw(count, seed=7, device=device, held_out=True).mel(FRAMES_1S)
     decoded, latent = vae(mel)
@@ -197,6 +203,7 @@ def measure(vae: AudioVAE, device: str, count: int = 64) -> dict[str, float]:
     return {
         "mel_l1": float(error.abs().mean()),
         "loud_l1": float(error[loud].abs().mean()),
+        "peak_l1": float(error[mel > _PEAK].abs().mean()),
         "stereo_l1": float((error[:, 0] - error[:, 1])[either].abs().mean()),
         "latent_rms": float(latent.square().mean().sqrt()),
     }

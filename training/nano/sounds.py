@@ -3,6 +3,7 @@
 B batch, M mel frames, S samples; 2 channels, 64 mel bins.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.models.ltx2.mel import MelConfig, log_mel
+from diffsynth.nano.world import Description, draw_description
 from training.nano.clips import Scenes
 
 MEL = MelConfig()
@@ -20,6 +22,10 @@ FRAMES_1S, FRAMES_2S = 105, 205
 
 _SAMPLES_AFTER_LAST_FRAME = 27
 """25 pictures at 24 per second last 16667 samples, 27 more than the centre of the last frame."""
+
+_KINDS = {"tone": 0.25, "beep": 0.25, "ping": 0.4, "silence": 0.1}
+"""Shares in balanced draws.  In the world one sound in ten pings, and a ping is over in 50 ms: left at that,
+its onset is the last thing to be learnt."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Sounds:
         share: float = 1.0,
         drifting: float = 0.0,
         held_out: bool = False,
+        balanced: bool = False,
     ) -> Self:
         """Draw sounds of the world.
 
@@ -55,6 +62,8 @@ class Sounds:
             share: part of the sounds whose gains differ from 1.
             drifting: part of those whose gains change over time.
             held_out: only combinations that no network is trained on.
+            balanced: kinds of sound by how hard they are to learn, for training, instead of by how often
+                they come in the world.
         """
         generator = torch.Generator().manual_seed(seed)
         low, high = gains
@@ -62,7 +71,10 @@ class Sounds:
         constant = torch.rand(count, 1, generator=generator) >= drifting
         log_gains[..., 1] = torch.where(constant, log_gains[..., 0], log_gains[..., 1])
         log_gains *= torch.rand(count, 1, 1, generator=generator) < share
-        scenes = Scenes.draw(count, seed=seed, device=device, held_out=held_out)
+        if balanced:
+            scenes = Scenes.of(_balanced(count, seed), seed=seed, device=device)
+        else:
+            scenes = Scenes.draw(count, seed=seed, device=device, held_out=held_out)
         return cls(scenes, log_gains.to(device))
 
     def waveform(self, num_frames: int, sample_rate: int) -> Tensor:
@@ -76,3 +88,16 @@ class Sounds:
         """(B, 2, num_frames, 64) natural-log mel magnitudes."""
         num_samples = MEL.hop_length * (num_frames - 1) + _SAMPLES_AFTER_LAST_FRAME
         return log_mel(self.waveform(num_frames, MEL.sampling_rate)[..., :num_samples], MEL)
+
+
+def _balanced(count: int, seed: int) -> list[Description]:
+    """Descriptions that are not held out, their kinds of sound drawn with the weights above."""
+    source = random.Random(seed)
+    kinds = source.choices(list(_KINDS), weights=list(_KINDS.values()), k=count)
+    drawn = []
+    for kind in kinds:
+        description = draw_description(source)
+        while description.sound != kind:
+            description = draw_description(source)
+        drawn.append(description)
+    return drawn

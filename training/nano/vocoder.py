@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.loader import NetworkKind, WeightFiles, load_network
 from diffsynth.models.ltx2.vocoder import MEL_BINS, ResidualBlock, Vocoder, VocoderConfig
+from diffsynth.nano.judge import judge_all
 from training.nano.muon import learning_rate_scale
 from training.nano.results import write_network
 from training.nano.sounds import FRAMES_1S, SAMPLES_PER_FRAME, VOCODER_RATE, Sounds
@@ -29,11 +30,19 @@ _MEL_SCALE = 2.7
 
 _STFT_SIZES = (512, 1024, 2048)
 _WARM_UP = 40
+_HEARD = ("sound", "pitch", "pan", "sync")
+_JUDGED_SIDE = 96
+"""Pixels of the pictures beside which the sounds are judged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocoderSettings:
-    """Sizes and training of the vocoder; ``width`` is that of one side, half of the stored one."""
+    """Sizes and training of the vocoder; ``width`` is that of one side, half of the stored one.
+
+    ``stft_from`` and ``decoded_from`` are parts of the training: when magnitudes enter the loss, and when
+    half of the spectrograms come through the audio VAE.  ``measured`` is the number of sounds behind the
+    quality.
+    """
 
     width: int = 64
     upsample_rates: tuple[int, ...] = (10, 6, 4)
@@ -48,6 +57,7 @@ class VocoderSettings:
     stft_weight: float = 0.2
     decoded_from: float = 0.6
     log_gains: tuple[float, float] = (-2.0, 0.6)
+    measured: int = 128
     seed: int = 0
 
 
@@ -106,7 +116,7 @@ def stereo_of(mono: MonoVocoder, settings: VocoderSettings) -> Vocoder:
     return stereo
 
 
-def train(settings: VocoderSettings, folder: Path, device: str) -> dict[str, float]:
+def train(settings: VocoderSettings, folder: Path, device: str) -> dict[str, dict[str, float]]:
     """Train, measure, write ``folder/vocoder.safetensors`` and ``folder/vocoder.json``.
 
     Where ``folder/audio_vae.safetensors`` is, the last part of the training reads half of its spectrograms
@@ -147,7 +157,7 @@ def train(settings: VocoderSettings, folder: Path, device: str) -> dict[str, flo
                 f"{NAME} {step}/{settings.steps} error {power.mean().item():.3f} {seconds:.0f} s", flush=True
             )
     stereo = stereo_of(mono, settings).to(device).bfloat16().eval().requires_grad_(False)
-    quality = measure(stereo, through, device)
+    quality = measure(stereo, through, device, settings.measured)
     print(f"{NAME} {quality}", flush=True)
     notes = {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)}
     write_network(folder, NAME, [stereo], config_section(settings), notes)
@@ -180,6 +190,7 @@ def _batch(
         device=device,
         gains=settings.log_gains,
         drifting=0.5,
+        balanced=True,
     )
     mel = sounds.mel(FRAMES_1S)
     if decoded is not None and step % 2:
@@ -218,18 +229,26 @@ def _stft_error(made: Tensor, wave: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(vocoder: Vocoder, through: RoundTrip | None, device: str, count: int = 64) -> dict[str, float]:
+def measure(
+    vocoder: Vocoder, through: RoundTrip | None, device: str, count: int
+) -> dict[str, dict[str, float]]:
     """Quality on sounds that were not in training.
 
     Returns:
-        ``snr_db``, the mean over sounds that are not silent of the ratio of sound to error;
-        ``decoded_snr_db``, the same after the audio VAE.
+        ``true`` for spectrograms as they are and ``decoded`` for those that went through the audio VAE:
+        ``snr_db``, the mean over sounds that are not silent of the ratio of sound to error, and the
+        percentage of sounds of which the judge reads ``sound``, ``pitch``, ``pan`` and ``sync`` as they were.
     """
     sounds = Sounds.draw(count, seed=7, device=device, held_out=True)
     mel, wave = sounds.mel(FRAMES_1S), sounds.waveform(FRAMES_1S, VOCODER_RATE)
-    quality = {"snr_db": _snr_db(vocoder(mel), wave)}
-    if through is not None:
-        quality["decoded_snr_db"] = _snr_db(vocoder(through(mel)), wave)
+    video = (sounds.scenes.video(_JUDGED_SIDE) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    spectrograms = {"true": mel} if through is None else {"true": mel, "decoded": through(mel)}
+    quality: dict[str, dict[str, float]] = {}
+    for name, spectrogram in spectrograms.items():
+        made = vocoder(spectrogram)
+        heard = judge_all(video, made, VOCODER_RATE, sounds.scenes.descriptions).percent
+        quality[name] = {"snr_db": _snr_db(made, wave)}
+        quality[name] |= {key: heard[key] for key in _HEARD if key in heard}
     return quality
 
 
