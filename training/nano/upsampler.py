@@ -44,8 +44,10 @@ class Pool:
 class UpsamplerSettings:
     """Sizes and training of the upsampler."""
 
-    mid_channels: int = 32
-    num_blocks_per_stage: int = 1
+    mid_channels: int = 64
+    """Twice the groups of the norms: of a group of one channel the norm takes away the mean, and with it the
+    colour of a plain ground."""
+    num_blocks_per_stage: int = 0
     pools: tuple[Pool, ...] = (Pool(3072, 128), Pool(1024, 96), Pool(512, 128, num_frames=9))
     """They take turns."""
     steps: int = 4000

@@ -62,33 +62,34 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.15, (Batch(64, 9, 64, 64), Batch(256, 1, 64, 64), Batch(64, 9, 64, 64), Batch(24, 17, 64, 96))),
+    Phase(0.15, (Batch(96, 9, 64, 64), Batch(512, 1, 64, 64), Batch(96, 9, 64, 64), Batch(40, 17, 64, 96))),
     Phase(
         0.5,
         (
-            Batch(24, 9, 128, 128),
-            Batch(8, 25, 128, 128, side=128),
-            Batch(64, 9, 96, 64),
-            Batch(128, 1, 128, 128),
-            Batch(16, 17, 96, 128),
-            Batch(12, 17, 128, 128, side=192),
+            Batch(32, 9, 128, 128),
+            Batch(12, 25, 128, 128, side=128),
+            Batch(80, 9, 96, 64),
+            Batch(256, 1, 128, 128),
+            Batch(24, 17, 96, 128),
+            Batch(18, 17, 128, 128, side=192),
         ),
     ),
     Phase(
         1.0,
         (
             Batch(3, 25, 256, 256, side=256),
-            Batch(16, 17, 128, 128),
+            Batch(18, 17, 128, 128),
             Batch(12, 25, 128, 128, side=128),
-            Batch(10, 9, 192, 256),
+            Batch(12, 9, 192, 256),
             Batch(5, 25, 192, 192, side=192),
-            Batch(64, 1, 256, 256),
+            Batch(80, 1, 256, 256),
             Batch(8, 9, 256, 256, side=256, framed=True),
             Batch(12, 25, 128, 128, side=256),
         ),
     ),
 )
-"""About 4 million pixels of a frame in every batch."""
+"""About 5 million pixels in every batch, counting all frames: 1.2e12 operations for a step of the default
+sizes, so that a large device has as much to compute as to launch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
