@@ -42,7 +42,7 @@ _WORK = {
     Stage.UPSAMPLER: "upsampler:train",
     Stage.AUDIO_VAE: "audio_vae:train",
     Stage.VOCODER: "vocoder:train",
-    Stage.LATENTS: "transformer:latents",
+    Stage.LATENTS: "latents:encode",
     Stage.TRANSFORMER: "transformer:train",
     Stage.DISTILL: "distill:train",
     Stage.EXPORT: "export:export",
