@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch_of(folder: Path, **changes: object) -> tuple[Batch, Places, tuple[torch.Tensor, torch.Tensor]]:
     clips = Clips.load(folder / FOLDER, 64, "cpu")
     source = Batches(SETTINGS, [clips], torch.device("cpu"))
-    batch = replace(source.draw(), **({"first_frame": False, "given": None} | changes))
+    batch = replace(source.draw(0), **({"first_frame": False, "given": None} | changes))
     return batch, Places([clips], torch.device("cpu")), (source.noise(batch.video), source.noise(batch.audio))
 
 
@@ -72,7 +72,30 @@ def test_what_is_given_is_neither_noised_nor_in_the_loss(folder: Path) -> None:
 
 def test_training_learns_and_repeats(folder: Path) -> None:
     runs = [Training(SETTINGS, folder, torch.device("cpu")) for _ in range(2)]
-    first = [[sum(run.step(step, 60)).item() for step in range(3)] for run in runs]
-    assert first[0] == first[1]
-    later = [sum(runs[0].step(step, 60)).item() for step in range(3, 60)]
-    assert sum(later[-10:]) / 10 < 0.7 * first[0][0]
+    losses_of = [[one_step(run, step) for step in range(3)] for run in runs]
+    assert losses_of[0] == losses_of[1]
+    later = [one_step(runs[0], step) for step in range(3, 60)]
+    assert sum(later[-10:]) / 10 < 0.7 * losses_of[0][0]
+
+
+def one_step(run: Training, step: int) -> float:
+    loss = run.loss_at(step, 60)
+    loss.backward()
+    run.optimizer.step(run.schedule(step, 60))
+    return loss.item()
+
+
+def test_a_run_that_broke_off_goes_on_with_its_average(folder: Path, tmp_path: Path) -> None:
+    whole = Training(SETTINGS, folder, torch.device("cpu"))
+    for step in range(8):
+        one_step(whole, step)
+        if step == 4:
+            torch.save(whole.optimizer.state_dict(), tmp_path / "state.pt")
+    again = Training(SETTINGS, folder, torch.device("cpu"))
+    again.optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step in range(5, 8):
+        one_step(again, step)
+    again.optimizer.average.swap()
+    whole.optimizer.average.swap()
+    pairs = zip(whole.network.parameters(), again.network.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

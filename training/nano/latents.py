@@ -63,7 +63,8 @@ class Clips:
         """Write the file of this side."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"video": self.video, "audio": self.audio, "ids": self.ids, "counts": self.counts}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, _path(folder, self.side))
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, _path(folder, self.side))
 
     @classmethod
     def load(cls, folder: Path, side: int, device: torch.device | str) -> Self:

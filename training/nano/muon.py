@@ -183,3 +183,13 @@ class Average:
             current = parameter.float().clone()
             parameter.copy_(average)
             average.copy_(current)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on from here."""
+        return {"count": self._count, "averages": self._averages}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict` of an average over the same parameters."""
+        self._count = int(state["count"])
+        torch._foreach_copy_(self._averages, list(state["averages"]))

@@ -74,17 +74,22 @@ def sample(
     """Normalised latents of some prompts: (B, C, F', H', W') and (B, z, L, bins), float32."""
     transformer = network.transformer
     weight, count = transformer.patchify_proj.weight, len(prompts)
-    random_ = torch.Generator().manual_seed(course.seed)
     grid = video_latent_shape(FRAMES, course.side, course.side)
     video_shape = (count, transformer.config.in_channels, *grid)
     channels = transformer.config.audio_in_channels // latent_bins
     audio_shape = (count, channels, audio_latent_frames(FRAMES, FPS), latent_bins)
     video = ModalityState.video(video_shape, FPS, device=weight.device)
     audio = ModalityState.audio(audio_shape, device=weight.device)
-    noisy = [
-        state.with_latent(torch.randn(state.latent.shape, generator=random_).to(weight.device))
+    # Every clip has noise of its own, whatever the company.
+    sources = [torch.Generator().manual_seed(course.seed + row) for row in range(count)]
+    video, audio = (
+        state.with_latent(
+            torch.cat([torch.randn(1, *state.latent.shape[1:], generator=source) for source in sources]).to(
+                weight.device
+            )
+        )
         for state in (video, audio)
-    ]
+    )
     denoise = Denoiser(
         transformer=transformer,
         positive=contexts(network, tokenizer, prompts),
@@ -94,8 +99,10 @@ def sample(
         conventions=OFFICIAL,
         dtype=weight.dtype,
     )
-    ended = [state for state in euler(denoise, *noisy, course.sigmas) if state is not None]
-    return ended[0].unpatchified(), ended[1].unpatchified()
+    seen, heard = euler(denoise, video, audio, course.sigmas)
+    assert seen is not None, "both streams go in and come out"
+    assert heard is not None, "both streams go in and come out"
+    return seen.unpatchified(), heard.unpatchified()
 
 
 def judged(

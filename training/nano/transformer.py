@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffsynth.conditioning.text import PromptTokenizer
 from diffsynth.conditioning.tokens import audio_positions, video_positions
@@ -20,12 +21,17 @@ from diffsynth.models.ltx2.transformer import Modality
 from diffsynth.nano.world import NUM_FORMS
 from training.nano.dit import GEMMA, NAME, NanoTransformer, TransformerSizes
 from training.nano.latents import FOLDER, FPS, Clips, sides
+from training.nano.loop import Loop
 from training.nano.muon import Average, MuonAdamW, learning_rate_scale
 from training.nano.parts import working_dtype
 from training.nano.prompts import TextSettings
+from training.nano.samples import Course, judged
 
 _ADAMW_NAMES = ("table", "adaln", "patchify_proj", "proj_out", "caption_projection", "embed", "registers")
-_TELL_EVERY_S = 5.0
+_AVERAGE_EVERY = 4
+"""Steps: the running average reads every parameter on its own, in many small launches."""
+_TRIED, _TIMED = 20, 60
+"""Steps before the number of steps is planned."""
 _EMPTY = 2
 """Id of ``<bos>``, which is all of an empty caption."""
 _FRAMED_SHARE = 0.03
@@ -37,9 +43,9 @@ class TransformerSettings:
 
     sizes: TransformerSizes = field(default_factory=TransformerSizes)
     text: TextSettings = field(default_factory=TextSettings)
-    steps: int = 14000
-    minutes: float = 12.0
-    """The schedule ends no later than this: after a tenth of the steps the rest is counted anew."""
+    steps: int | None = None
+    """None: as many as ``minutes`` allow, by the time that steps take."""
+    minutes: float = 11.0
     batches: Mapping[int, int] = field(default_factory=lambda: {256: 128, 192: 192, 128: 256})
     """Side in pixels -> clips of a step."""
     shares: Mapping[int, float] = field(default_factory=lambda: {256: 0.6, 192: 0.1, 128: 0.3})
@@ -48,6 +54,7 @@ class TransformerSettings:
     weight_decay: float = 0.05
     warm_up: int = 150
     flat: float = 0.5
+    floor: float = 0.02
     average: float = 0.9990
     logit_mean: float = 0.8
     uniform: float = 0.1
@@ -56,7 +63,9 @@ class TransformerSettings:
     """Share of the steps that give the first latent frame."""
     given: float = 0.04
     """Share of the steps that give the whole sound, and of those that give the whole video."""
-    sample_every: int = 2000
+    report_s: float = 20.0
+    sample_s: float = 120.0
+    """Seconds between samples that are judged."""
     seed: int = 0
 
 
@@ -78,19 +87,21 @@ class Batch:
 
 
 class Batches:
-    """Draws batches: what kind they are on the host, all numbers on the device."""
+    """Draws batches: what kind they are on the host, all numbers on the device; each step has its seed."""
 
     def __init__(self, settings: TransformerSettings, clips: list[Clips], device: torch.device) -> None:
         self._settings, self._clips, self._device = settings, clips, device
-        self._choice = random.Random(settings.seed)
-        self._random = torch.Generator(device).manual_seed(settings.seed)
+        self._random = torch.Generator(device)
 
-    def draw(self) -> Batch:
-        """The next batch."""
+    def draw(self, step: int) -> Batch:
+        """The batch of a step."""
+        seed = (self._settings.seed << 32) + step
+        choice = random.Random(seed)
+        self._random.manual_seed(seed)
         shares = [self._settings.shares.get(c.side, 0.0) for c in self._clips]
-        (clips,) = self._choice.choices(self._clips, shares if any(shares) else None)
+        (clips,) = choice.choices(self._clips, shares if any(shares) else None)
         count = min(self._settings.batches.get(clips.side, 64), len(clips.video))
-        kind, s = self._choice.random(), self._settings
+        kind, s = choice.random(), self._settings
         rows = torch.randint(len(clips.video), (count,), generator=self._random, device=self._device)
         ids, counts = self._captions(clips, rows)
         return Batch(
@@ -110,7 +121,7 @@ class Batches:
         return torch.where(self._uniform(count) < self._settings.uniform, self._uniform(count), levels)
 
     def noise(self, like: Tensor) -> Tensor:
-        """Standard normal numbers."""
+        """Standard normal numbers that go with the batch drawn last."""
         return self._normal(*like.shape)
 
     def _captions(self, clips: Clips, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,83 +210,138 @@ def _error(predicted: Tensor | None, target: Tensor, mask: Tensor) -> Tensor:
     return error / share
 
 
+class AveragingOptimizer(MuonAdamW):
+    """Keeps a running average of the network beside the optimiser; both make up the state."""
+
+    def __init__(self, network: NanoTransformer, settings: TransformerSettings) -> None:
+        super().__init__(
+            network.named_parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adamw_names=_ADAMW_NAMES,
+        )
+        self.average = Average(network, settings.average**_AVERAGE_EVERY)
+        self._steps = 0
+
+    def step(self, scale: float = 1.0) -> None:
+        """See :class:`MuonAdamW`."""
+        super().step(scale)
+        self._steps += 1
+        if self._steps % _AVERAGE_EVERY == 0:
+            self.average.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`MuonAdamW`."""
+        return super().state_dict() | {"average": self.average.state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`MuonAdamW`."""
+        super().load_state_dict(state)
+        self.average.load_state_dict(state["average"])
+        self._steps = int(state["steps"])
+
+
 class Training:
     """Network, optimiser and data of a run."""
 
     def __init__(self, settings: TransformerSettings, folder: Path, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
-        self.settings = settings
+        self.settings, self.folder, self.device = settings, folder, device
         tokenizer = PromptTokenizer(folder / GEMMA)
         vocab_size = tokenizer.tokenizer.get_vocab_size()
         network = NanoTransformer(settings.sizes, settings.text, vocab_size)
         self.network = network.to(device, working_dtype(device))
         clips = [Clips.load(folder / FOLDER, side, device) for side in sides(folder / FOLDER)]
         self.batches, self.places = Batches(settings, clips, device), Places(clips, device)
-        self.optimizer = MuonAdamW(
-            self.network.named_parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            adamw_names=_ADAMW_NAMES,
-        )
-        self.average = Average(self.network, settings.average**_AVERAGE_EVERY)
+        self.optimizer = AveragingOptimizer(self.network, settings)
+        self._sums, self._count = torch.zeros(2, device=device), 0
+        self._judged_at = time.monotonic()
 
-    def step(self, step: int, steps: int) -> tuple[Tensor, Tensor]:
-        """One step; returns the losses of video and audio without waiting for the device."""
-        s, batch = self.settings, self.batches.draw()
+    def loss_at(self, step: int, steps: int) -> Tensor:
+        """Of video and audio together."""
+        batch = self.batches.draw(step)
         noise = self.batches.noise(batch.video), self.batches.noise(batch.audio)
-        video, audio = losses(self.network, batch, self.places, noise)
-        (video + audio).backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step(learning_rate_scale(step, steps, warm_up=s.warm_up, flat=s.flat))
-        if step % _AVERAGE_EVERY == 0:
-            self.average.update()
-        return video.detach(), audio.detach()
+        both = torch.stack(losses(self.network, batch, self.places, noise))
+        self._sums += both.detach()
+        self._count += 1
+        return both.sum()
 
+    def schedule(self, step: int, steps: int) -> float:
+        """Of the learning rates."""
+        s = self.settings
+        return learning_rate_scale(step, steps, warm_up=s.warm_up, flat=s.flat, floor=s.floor)
 
-_AVERAGE_EVERY = 4
-"""The running average reads every parameter on its own: many small launches."""
+    def report(self) -> str:
+        """Losses since the last report; now and then the percentages of samples."""
+        video, audio = (self._sums / max(self._count, 1)).tolist()
+        self._sums.zero_()
+        self._count = 0
+        if time.monotonic() - self._judged_at > self.settings.sample_s:
+            self.judge(Course(steps=12))
+            self._judged_at = time.monotonic()
+        return f"mean of video {video:.4f} audio {audio:.4f}"
+
+    def judge(self, *courses: Course) -> dict[str, dict[str, float]]:
+        """Percentages of held-out prompts by the averaged weights, where all that it takes is there."""
+        self.optimizer.average.swap()
+        found = judged(self.network, self.folder, self.device, courses=courses)
+        self.optimizer.average.swap()
+        return found
+
+    def plan(self) -> int:
+        """How many steps there will be.
+
+        Raises:
+            ValueError: on the CPU, where steps are not timed, without a number in the settings.
+        """
+        if self.settings.steps is not None:
+            return self.settings.steps
+        if self.device.type != "cuda":
+            raise ValueError("the number of steps is planned on CUDA alone; elsewhere it must be given")
+        begun = 0.0
+        for step in range(_TRIED + _TIMED):
+            if step == _TRIED:
+                torch.cuda.synchronize()
+                begun = time.monotonic()
+            torch.autograd.backward(self.loss_at(step, 1))
+            self.optimizer.step(0.0)  # takes its time and changes nothing
+        torch.cuda.synchronize()
+        mean = (time.monotonic() - begun) / _TIMED
+        steps = int(self.settings.minutes * 60 / mean)
+        print(f"{NAME}: {1000 * mean:.1f} ms/step, {steps} steps", flush=True)
+        return steps
 
 
 def train(settings: TransformerSettings, folder: Path, device: str) -> None:
-    """The stage: write ``transformer.safetensors``, ``transformer.json`` and the weights of ``gemma/``."""
-    target = torch.device(device)
-    run = Training(settings, folder, target)
+    """The stage: write ``transformer.safetensors``, ``transformer.json`` and the weights of ``gemma/``.
+
+    A run that broke off goes on where it last told of itself.
+    """
+    begun = time.monotonic()
+    run = Training(settings, folder, torch.device(device))
     count = sum(p.numel() for p in run.network.transformer.parameters())
     text = sum(p.numel() for p in run.network.text.parameters())
-    print(f"transformer: {count / 1e6:.2f} M parameters, text side {text / 1e6:.2f} M", flush=True)
-    begun, steps, step = time.monotonic(), settings.steps, 0
-    told, sums, since = begun, torch.zeros(2, device=target), 0
-    while step < steps:
-        sums += torch.stack(run.step(step, steps))
-        step, since = step + 1, since + 1
-        if time.monotonic() - told > _TELL_EVERY_S or step == steps:
-            video, audio = (sums / since).tolist()
-            taken = time.monotonic() - begun
-            print(f"step {step}/{steps} video {video:.4f} audio {audio:.4f} {taken:.0f} s", flush=True)
-            steps = _affordable(settings, step, steps, taken)
-            told, since = time.monotonic(), 0
-            sums.zero_()
-        if settings.sample_every and step % settings.sample_every == 0 and step < steps:
-            run.average.swap()
-            _try_out(run, folder, target)
-            run.average.swap()
-    run.average.swap()
+    print(f"{NAME}: {count:,} parameters, text side {text:,}", flush=True)
+    state = folder / "partial" / f"{NAME}.pt"
+    loop = Loop(
+        name=NAME,
+        steps=1 if state.exists() else run.plan(),
+        schedule=run.schedule,
+        state=state,
+        report=run.report,
+        report_s=settings.report_s,
+    )
+    loop.run(run.optimizer, run.loss_at)
+    run.optimizer.average.swap()
     run.network.save(folder)
-    quality = _try_out(run, folder, target)
-    notes = {"config": {NAME: run.network.section}, "settings": asdict(settings), "steps": steps}
-    notes |= {"losses": {"video": video, "audio": audio}, "quality": quality}
+    courses = [Course(), Course(side=192), Course(side=128)]
+    quality = judged(run.network, folder, device, courses=courses)
+    notes = {
+        "config": {NAME: run.network.section},
+        "parameters": count,
+        "settings": asdict(settings),
+        "quality": quality,
+        "seconds": round(time.monotonic() - begun),
+    }
     (folder / f"{NAME}.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-
-
-def _affordable(settings: TransformerSettings, step: int, steps: int, taken: float) -> int:
-    """Fewer steps where the whole would take too long, so that the schedule still ends at its end."""
-    if step < settings.steps / 20:
-        return steps
-    return min(steps, max(step + 1, round(step * settings.minutes * 60 / taken)))
-
-
-def _try_out(run: Training, folder: Path, device: torch.device) -> dict[str, float]:
-    """Percentages of held-out prompts, where all that it takes is there."""
-    from training.nano.samples import judged
-
-    return judged(run.network, folder, device)
+    state.unlink(missing_ok=True)
