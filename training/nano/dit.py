@@ -25,7 +25,7 @@ GEMMA = "gemma"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerSizes:
-    """Sizes of the network; the channels are those of the latents."""
+    """Sizes of the network; training takes the channels from the latents."""
 
     layers: int = 4
     heads: int = 4

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +249,10 @@ class Training:
         self.settings, self.folder, self.device = settings, folder, device
         tokenizer = PromptTokenizer(folder / GEMMA)
         vocab_size = tokenizer.tokenizer.get_vocab_size()
-        network = NanoTransformer(settings.sizes, settings.text, vocab_size)
-        self.network = network.to(device, working_dtype(device))
         clips = [Clips.load(folder / FOLDER, side, device) for side in sides(folder / FOLDER)]
+        channels = {"video_channels": clips[0].video.shape[2], "audio_channels": clips[0].audio.shape[2]}
+        network = NanoTransformer(replace(settings.sizes, **channels), settings.text, vocab_size)
+        self.network = network.to(device, working_dtype(device))
         self.batches, self.places = Batches(settings, clips, device), Places(clips, device)
         self.optimizer = AveragingOptimizer(self.network, settings)
         self._sums, self._count = torch.zeros(2, device=device), 0
