@@ -13,6 +13,7 @@ from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.schedule import ScheduleConfig
 from diffsynth.training.sigmas import SigmaConfig
 from diffsynth.training.strategy import StrategyConfig
+from diffsynth.training.validation_config import ValidationSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What the base computes in.  float16 is not among them: its gradients underflow."""
@@ -224,6 +225,7 @@ class TrainConfig:
     lora: LoraSection = field(default_factory=LoraSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    validation: ValidationSection = field(default_factory=ValidationSection)
 
     def check(self) -> None:
         """Make sure that every value can work, as far as that shows without any file.
@@ -240,6 +242,7 @@ class TrainConfig:
             "lora": self.lora.check,
             "training": self.training.check,
             "schedule": lambda: self.schedule.check(self.training.steps),
+            "validation": self.validation.check,
         }
         for section, check in checks.items():
             try:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from diffsynth.errors import RequestError
 from diffsynth.training.conditions import Condition
 from diffsynth.training.config import TrainConfig
+from diffsynth.training.validation_config import ValidationClip
 from diffsynth.validation import check_types, freeze
 
 _HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]")
@@ -73,9 +74,11 @@ class _File:
     def _value(self, section: str, key: str, value: Any) -> Any:
         match section, key:
             case "strategy", "conditions":
-                if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-                    raise self.error(section, key, "conditions is no list", "[[strategy.conditions]]")
-                return tuple(self._made("strategy.conditions", Condition, freeze_all(item)) for item in value)
+                return self._items(section, key, value, Condition)
+            case "validation", "clips":
+                return self._items(section, key, value, ValidationClip)
+            case "validation.clips", "image" | "reference" | "sound" | "video":
+                return self._path(section, key, value)
             case "data", "source" | "folder":
                 return self._path(section, key, value)
             case "output", "folder":
@@ -87,6 +90,14 @@ class _File:
                 return self._model(value)
             case _:
                 return freeze(value)
+
+    def _items(self, section: str, key: str, tables: Any, cls: type[ConfigT]) -> tuple[ConfigT, ...]:
+        """The tables under ``[[section.key]]``."""
+        name = f"{section}.{key}"
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise self.error(section, key, f"{key} is no list", f"[[{name}]]")
+        given = ({k: self._value(name, k, value) for k, value in table.items()} for table in tables)
+        return tuple(self._made(name, cls, values) for values in given)
 
     def _path(self, section: str, key: str, value: Any) -> Path:
         if not isinstance(value, str) or not value:
@@ -112,11 +123,6 @@ class _File:
         except RequestError as error:
             raise self.error(section, error.message.partition("=")[0], error.message, error.hint) from error
         return made
-
-
-def freeze_all(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table whose lists are tuples."""
-    return {key: freeze(value) for key, value in table.items()}
 
 
 def _lines(text: str) -> dict[tuple[str, str | None], int]:

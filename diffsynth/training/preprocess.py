@@ -4,44 +4,34 @@ One file per clip, named by everything that decides its content: a second run sk
 stopped one goes on.  A clip that cannot be used is named, and the others go on.
 """
 
-import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from diffsynth.conditioning.tokens import audio_latent_frames
-from diffsynth.device import backend_for, out_of_memory_told, resolve_device
+from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
-from diffsynth.loader import ModelConfig
 from diffsynth.models.ltx2.tiling import TileConfig
 from diffsynth.models.ltx2.video_tiling import encode_tiled
-from diffsynth.pipelines.assemble import PART_OF, OpenedModels, open_models
+from diffsynth.pipelines.assemble import OpenedModels
 from diffsynth.pipelines.encode_inputs import encode_sound
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.progress import OnProgress, Progress, ignore
+from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
-from diffsynth.pipelines.units import encode_with
 from diffsynth.training.clip_jobs import ClipJob, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
 from diffsynth.training.samples import Sample, entry_of, write_index
+from diffsynth.training.texts import TEXT, encode_texts, files_of, loaded, open_all, text_cache, told
 from diffsynth.utils.audio import read_audio
+from diffsynth.utils.files import make_folder
 from diffsynth.utils.images import fit_frames, read_video
 
 logger = logging.getLogger(__name__)
-
-CAPTIONS = "captions"
-"""Folder of the encoded captions beside the samples: other sizes need no text model."""
-
-T = TypeVar("T")
-
-_TEXT = ("text_encoder", "text_encoder_post_modules")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +58,14 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     config.check()
     data, folder = config.data, config.data.folder
     clips = find_clips(data.source)
-    opened = _open(config)
-    text, encoders = opened.only(_TEXT), opened.only(_encoders(data))
-    captions = PromptCache(folder / CAPTIONS, files=_files(text), settings=config.model.dtype)
-    models = digest_of([*_files(text), *_files(encoders)], config.model.dtype)
-    jobs, broken = plan_jobs(_told("look at clips", clips, on_progress), data, models)
-    _make_folder(folder)
+    opened = open_all(config)
+    encoders, captions = opened.only(_encoders(data)), text_cache(config, opened)
+    models = digest_of([*files_of(opened.only(TEXT)), *files_of(encoders)], config.model.dtype)
+    jobs, broken = plan_jobs(told("look at clips", clips, on_progress), data, models)
+    make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
-    with out_of_memory_told('device = "cpu" for this command', "the text model"):
-        _encode_captions(config, text, captions, [job.caption for job in todo.values()], on_progress)
+    texts = [*(job.caption for job in todo.values()), *config.validation.texts]
+    encode_texts(config, opened, captions, texts, on_progress)
     with out_of_memory_told("smaller buckets", "the encoders"):
         broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
     for where, reason in broken:
@@ -89,69 +78,9 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     return PreprocessReport(made=made, kept=len(there) - made, broken=tuple(broken))
 
 
-def _open(config: TrainConfig) -> OpenedModels:
-    files = [*config.model.checkpoint, config.model.gemma]
-    return open_models(
-        [ModelConfig.named(name) for name in files], ModelConfig.tokenizer_of(config.model.gemma)
-    )
-
-
 def _encoders(data: DataSection) -> list[str]:
     wanted = {"video_vae_encoder": data.video, "audio_vae_encoder": data.audio}
     return [name for name, needed in wanted.items() if needed]
-
-
-def _files(opened: OpenedModels) -> list[Path]:
-    """Everything that decides what these networks give."""
-    files = {path for weights in opened.networks.values() for path in weights.files.paths}
-    of_text = opened.tokenizer is not None and "text_encoder" in map(PART_OF.get, opened.networks)
-    return sorted(files) + (opened.tokenizer.files if opened.tokenizer is not None and of_text else [])
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}", hint="another folder") from error
-
-
-@contextmanager
-def _loaded(config: TrainConfig, opened: OpenedModels, names: Sequence[str]) -> Iterator[Parts]:
-    """Networks on the device for as long as the ``with`` block lasts."""
-    device = resolve_device(config.model.device)
-    parts = opened.load(device, config.model.torch_dtype).parts
-    parts.require(names)
-    try:
-        yield parts
-    finally:
-        for name in names:
-            setattr(parts, name, None)
-        gc.collect()
-        backend_for(device).empty_cache()
-
-
-def _told(phase: str, items: Sequence[T], on_progress: OnProgress) -> Iterator[T]:
-    """The items one by one, each announced before it is worked on."""
-    for done, item in enumerate(items):
-        on_progress(Progress(phase=phase, done=done, total=len(items)))
-        yield item
-    on_progress(Progress(phase=phase, done=len(items), total=len(items)))
-
-
-def _encode_captions(
-    config: TrainConfig,
-    opened: OpenedModels,
-    cache: PromptCache,
-    captions: Sequence[str],
-    on_progress: OnProgress,
-) -> None:
-    missing = [caption for caption in dict.fromkeys(captions) if cache.get(caption) is None]
-    if not missing:
-        return
-    with _loaded(config, opened, _TEXT) as parts:
-        parts.prompt_cache = cache
-        for caption in _told("encode captions", missing, on_progress):
-            encode_with(parts, [caption])
 
 
 def _encode_clips(
@@ -165,8 +94,8 @@ def _encode_clips(
     broken: list[tuple[str, str]] = []
     if not jobs:
         return broken
-    with _loaded(config, opened, _encoders(config.data)) as parts:
-        for job in _told("encode clips", jobs, on_progress):
+    with loaded(config, opened, _encoders(config.data)) as parts:
+        for job in told("encode clips", jobs, on_progress):
             try:
                 sample = _encode(config.data, parts, captions, job)
             except RequestError as error:

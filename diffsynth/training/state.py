@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsynth.errors import CheckpointError, OutputError, RequestError
+from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.training.samples import load_tensors, save_tensors
+from diffsynth.utils.files import make_folder
 
 FORMAT = "diffsynth training state 1"
 FOLDER = "checkpoints"
@@ -167,10 +168,7 @@ class Checkpoints:
             raise RequestError(
                 f"{self.folder} holds an earlier run", hint="--resume to go on, or another [output] folder"
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be made: {error.strerror}", hint="another") from error
+        make_folder(self.folder)
         return None
 
     def drop_older_states(self, step: int) -> None:

@@ -3,7 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
 from diffsynth.training.strategy import Strategy, reference_factor
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
+from diffsynth.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +88,12 @@ def train(
     entries = read_index(config.data.folder)
     checkpoints = Checkpoints(config.output.folder)
     state = checkpoints.start(resume=resume)
+    device = resolve_device(config.model.device)
+    validator = Validator(config, device) if config.validation.clips else None
     opened = open_models([ModelConfig.named(name) for name in config.model.checkpoint]).only(["dit"])
     files = [path for weights in opened.networks.values() for path in weights.files.paths]
     fingerprint = _fingerprint(config, entries, digest_of(files, ""))
-    parts = opened.load(resolve_device(config.model.device), config.model.torch_dtype).parts
+    parts = opened.load(device, config.model.torch_dtype).parts
     parts.require(["dit"])
     assert parts.dit is not None
     if config.training.mode == FULL:
@@ -97,7 +101,7 @@ def train(
     else:
         factor = _reference_factor(config, entries)
         trained = TrainedLora(_adapter(config, parts.dit), MODEL_NAMES[opened.version], factor)
-    run = TrainingRun(config, parts.dit, trained, entries, fingerprint)
+    run = TrainingRun(config, parts.dit, trained, entries, fingerprint, validator)
     if state is not None:
         run.restore(TrainingState.load(state, fingerprint))
     smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
@@ -146,6 +150,7 @@ class TrainingRun:
         trained: Trained,
         entries: Sequence[SampleEntry],
         fingerprint: Fingerprint,
+        validator: Validator | None = None,
     ) -> None:
         self.config = config
         self.step = 0
@@ -153,6 +158,7 @@ class TrainingRun:
         self._trained = trained
         self._entries = entries
         self._fingerprint = fingerprint
+        self._validator = validator
         self._device = network.patchify_proj.weight.device
         training = config.training
         self.parameters = trained.parameters()
@@ -184,20 +190,22 @@ class TrainingRun:
         metrics = open_metrics(output.folder, self.step)
         on_step(TrainingStep(step=self.step, steps=steps, values={}))
         try:
-            with checkpointed_blocks(self._network, self.config.training.gradient_checkpointing):
-                while self.step < steps:
+            self._validate(should_stop)
+            while self.step < steps:
+                with checkpointed_blocks(self._network, self.config.training.gradient_checkpointing):
                     values = self.advance()
-                    for sink in metrics:
-                        sink.write(self.step, values)
-                    on_step(TrainingStep(step=self.step, steps=steps, values=values))
-                    stopped = self.step < steps and should_stop()
-                    if stopped or self.step % output.save_every == 0 or self.step == steps:
-                        self.save(checkpoints)
-                    if stopped:
-                        raise Cancelled(
-                            f"stopped after step {self.step} of {steps}, saved in {checkpoints.folder}",
-                            hint="the same command with --resume to go on",
-                        )
+                for sink in metrics:
+                    sink.write(self.step, values)
+                on_step(TrainingStep(step=self.step, steps=steps, values=values))
+                if self.step % output.save_every == 0 or self.step == steps:
+                    self.save(checkpoints)
+                self._validate(should_stop)
+                if self.step < steps and should_stop():
+                    self.save(checkpoints)
+                    raise Cancelled(
+                        f"stopped after step {self.step} of {steps}, saved in {checkpoints.folder}",
+                        hint="the same command with --resume to go on",
+                    )
         finally:
             for sink in metrics:
                 sink.close()
@@ -254,8 +262,35 @@ class TrainingRun:
             for name, value in self._mean.items():
                 value.lerp_(self.parameters[name], 1 - keep)
 
+    def _validate(self, should_stop: Callable[[], bool]) -> None:
+        """Make the clips of this step, with the running mean where there is one."""
+        if self._validator is None or not self._validator.missing(self.step):
+            return
+        record = {"output": self.config.output.folder.name, "mean": bool(self._mean)}
+        with self._mean_in_place():
+            self._validator.run(self._network, self.step, record=record, should_stop=should_stop)
+
+    @contextmanager
+    def _mean_in_place(self) -> Iterator[None]:
+        """Within the ``with`` block parameters and running mean change places; nothing is copied."""
+        self._change_places()
+        try:
+            yield
+        finally:
+            self._change_places()
+
+    def _change_places(self) -> None:
+        for name, value in self._mean.items():
+            parameter = self.parameters[name]
+            parameter.data, self._mean[name] = value, parameter.data
+
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write the state, then the results; older states are dropped last, so one is always there."""
+        """Write the state, then the results; older states are dropped last, so one is always there.
+
+        What is there already is left alone.
+        """
+        if checkpoints.state(self.step).exists():
+            return
         state = TrainingState.of(self.step, self.parameters, self._optimiser, self._mean)
         state.save(checkpoints.state(self.step), self._fingerprint)
         self.save_results(checkpoints)

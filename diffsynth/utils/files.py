@@ -49,6 +49,18 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         temporary.write_bytes(data)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, as far as they are not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}", hint="another folder") from error
+
+
 def check_writable(path: str | Path, *, argument: str = "") -> Path:
     """Make sure, by trying, that a file can be created beside ``path``; nothing stays behind.
 
