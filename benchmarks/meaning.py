@@ -1,6 +1,6 @@
 """Whether clips show and sound what was asked for, in every way of making them.
 
-    python -m benchmarks.meaning --model FOLDER --out results.json
+    python -m benchmarks.meaning --out results.json
     python -m benchmarks.meaning --model FOLDER --prompts 8 --only "bf16 one-stage" --only "int8 tiled"
 
 Prompts are held out from training.  A row is a storage format, a mode, a placement and a manner of decoding;
@@ -26,9 +26,11 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine
 from benchmarks.meaning_rows import DECODINGS, FORMATS, MODES, PLACEMENTS, Settings, Way, measure
+from diffsynth import nano
 from diffsynth.device import resolve_device
 from diffsynth.nano.judge import ATTRIBUTES
 
+NANO = Path(nano.__file__).parent / "weights"
 BASELINE = "bf16 one-stage resident whole"
 LEAST: Mapping[str, float] = dict.fromkeys(ATTRIBUTES, 97.0) | dict.fromkeys(("shape", "pan", "sync"), 90.0)
 """Percent of the baseline, by attribute."""
@@ -150,7 +152,7 @@ def _write(out: Path, settings: Settings, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model.")],
+    model: Annotated[Path, typer.Option(help="Its folder; the package has one.")] = NANO,
     prompts: Annotated[int, typer.Option(help="How many.")] = 64,
     side: Annotated[int, typer.Option(help="Of the pictures, in pixels.")] = 256,
     num_frames: Annotated[int, typer.Option(help="8k+1.")] = 25,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffsynth.nano.world import PALETTE, Description
-from training.nano.clips import Scenes, dense_video
+from tests.standin import StandIn
+from training.nano.clips import Scenes, as_uint8, dense_video
 
 
 def scene(caption: str, *, framed: bool = False, count: int = 1) -> Scenes:
@@ -115,3 +116,16 @@ def test_dense_clips_differ_and_move() -> None:
     assert video.shape == (6, 3, 9, 64, 64)
     assert video.abs().max() <= 1
     assert ((video[:, :, 0] - video[:, :, -1]).abs().amax((1, 2, 3)) > 0.1).float().mean() > 0.6
+
+
+def test_every_device_draws_the_same_clips() -> None:
+    clips = Scenes.draw(4, seed=7)
+    with StandIn(capacity_bytes=10**9, seed=1, strict_dtypes=False):
+        there = Scenes.draw(4, seed=7, device="standin")
+        video, sound = there.video(32, 5).cpu(), there.sound(1600).cpu()
+        whole = as_uint8(there.video(32, 5)).cpu()
+        dense = dense_video(3, 32, 5, seed=2, device="standin").cpu()
+    torch.testing.assert_close(video, clips.video(32, 5))
+    torch.testing.assert_close(sound, clips.sound(1600))
+    assert torch.equal(whole, as_uint8(clips.video(32, 5)))
+    torch.testing.assert_close(dense, dense_video(3, 32, 5, seed=2))

@@ -1,5 +1,7 @@
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +70,8 @@ def test_what_is_held_out_never_comes_in_training() -> None:
     assert not any(d.held_out for d in trained)
     assert {d.shape for d in held_out} == {"circle", "square", "triangle"}
     assert 30 <= len(VOCABULARY) <= 50
+
+
+def test_the_world_needs_no_torch() -> None:
+    code = "import sys, diffsynth.nano.world; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
