@@ -12,7 +12,7 @@ from training.nano.prompts import TextSettings
 def test_files_load_by_the_ordinary_loader(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = TransformerSizes(layers=2, heads=2, head_dim=24, audio_head_dim=12)
-    network = NanoTransformer(sizes, TextSettings(), 45)
+    network = NanoTransformer.of_sizes(sizes, TextSettings(), 45)
     network.save(tmp_path)
     files = WeightFiles(tmp_path / "transformer.safetensors")
     assert recognise(files) == [NetworkKind.TRANSFORMER, NetworkKind.TEXT_CONNECTORS]
@@ -27,7 +27,7 @@ def test_files_load_by_the_ordinary_loader(tmp_path: Path) -> None:
 
 def test_sizes_are_those_of_the_budget() -> None:
     with torch.device("meta"):
-        network = NanoTransformer(TransformerSizes(), TextSettings(), 45)
+        network = NanoTransformer.of_sizes(TransformerSizes(), TextSettings(), 45)
     sizes = [sum(2 * p.numel() for p in part.parameters()) for part in (network.transformer, network.text)]
     assert sizes[0] <= 8.9e6
     assert sizes[1] <= 0.5e6

@@ -10,7 +10,7 @@ from diffsynth.conditioning.tokens import patchify
 from diffsynth.loader import NetworkKind
 from tests.nano.untrained import write_autoencoders, write_transformer
 from training.nano.clips import Scenes
-from training.nano.dit import GEMMA
+from training.nano.dit import GEMMA, NanoTransformer
 from training.nano.latents import FOLDER, Clips, LatentSettings, encode, sides
 from training.nano.parts import load_part
 from training.nano.samples import Course, judged, sample
@@ -36,6 +36,14 @@ def test_latents_are_those_of_the_encoders(folder: Path) -> None:
     torch.testing.assert_close(clips.video[:2].float(), expected, atol=0.02, rtol=0.02)
     tokenizer = PromptTokenizer(folder / GEMMA)
     assert tokenizer.decode(clips.ids[1, 2].tolist()) == scenes.descriptions[1].caption(2).replace(",", "")
+
+
+def test_the_transformer_is_read_as_it_was_written(folder: Path) -> None:
+    network = write_transformer(folder).bfloat16()
+    again = NanoTransformer.load(folder, "cpu", torch.bfloat16)
+    own = network.state_dict()
+    assert own.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, own[name]) for name, value in again.state_dict().items())
 
 
 def test_samples_are_judged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

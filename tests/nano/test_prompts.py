@@ -10,7 +10,14 @@ from diffsynth.conditioning.text import PromptTokenizer, encode_prompts
 from diffsynth.loader import NetworkKind, WeightFiles, load_network
 from diffsynth.nano.world import VOCABULARY
 from training.nano.dit import TransformerSizes, config_section
-from training.nano.prompts import TextModel, TextSettings, token_ids, write_gemma, write_tokenizer
+from training.nano.prompts import (
+    TextModel,
+    TextSettings,
+    gemma_section,
+    token_ids,
+    write_gemma,
+    write_tokenizer,
+)
 
 PROMPTS = [
     "a red circle moves left over a blue background, a high beep",
@@ -30,7 +37,7 @@ def text_model(tokenizer: PromptTokenizer) -> TextModel:
     torch.manual_seed(0)
     settings = TextSettings()
     section = config_section(TransformerSizes(), settings)
-    return TextModel(settings, section, tokenizer.tokenizer.get_vocab_size())
+    return TextModel(section, gemma_section(settings, tokenizer.tokenizer.get_vocab_size()))
 
 
 def test_words_are_tokens_and_the_rest_leaves_no_trace(tokenizer: PromptTokenizer) -> None:

@@ -52,7 +52,7 @@ def test_captions_come_in_all_forms_and_framed(folder: Path) -> None:
 
 def test_what_is_given_is_neither_noised_nor_in_the_loss(folder: Path) -> None:
     torch.manual_seed(0)
-    network = NanoTransformer(SIZES, TextSettings(), 45)  # predicts zeros
+    network = NanoTransformer.of_sizes(SIZES, TextSettings(), 45)  # predicts zeros
     seen = []
     network.transformer.patchify_proj.register_forward_hook(lambda m, x, y: seen.append(x[0]))
     batch, places, noise = batch_of(folder)

@@ -45,7 +45,7 @@ def write_transformer(folder: Path) -> NanoTransformer:
     """With its text side and the tokenizer."""
     torch.manual_seed(1)
     write_tokenizer(folder / GEMMA, VOCABULARY)
-    network = NanoTransformer(SIZES, TextSettings(), 45)
+    network = NanoTransformer.of_sizes(SIZES, TextSettings(), 45)
     for parameter in network.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     network.save(folder)

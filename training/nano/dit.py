@@ -5,18 +5,22 @@ The layout is that of LTX-2 (19B): both streams, both cross-modal attentions, ca
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffsynth.loader import NetworkKind
 from diffsynth.models.ltx2.connectors import KEY_PREFIXES as CONNECTOR_PREFIXES
 from diffsynth.models.ltx2.transformer import LTX2Transformer, TransformerConfig
 from diffsynth.models.ltx2.transformer_config import FILE_PREFIX
-from training.nano.prompts import TextModel, TextSettings, connector_keys, write_gemma
+from training.nano.parts import load_part
+from training.nano.prompts import TextModel, TextSettings, connector_keys, gemma_section, write_gemma
 
 NAME = "transformer"
 GEMMA = "gemma"
@@ -79,13 +83,38 @@ def config_section(sizes: TransformerSizes, text: TextSettings) -> dict[str, Any
 class NanoTransformer(nn.Module):
     """Text model, connectors and diffusion transformer: all that turns captions and noise into velocities."""
 
-    def __init__(self, sizes: TransformerSizes, text: TextSettings, vocab_size: int) -> None:
-        """Initial weights come from torch's generator; before the first step the network predicts zeros."""
+    def __init__(self, section: Mapping[str, Any], gemma: Mapping[str, Any]) -> None:
+        """Initial weights come from torch's generator; before the first step the network predicts zeros.
+
+        Args:
+            section: ``transformer`` of the checkpoint.
+            gemma: ``config.json`` of the text model.
+        """
         super().__init__()
-        self.section = config_section(sizes, text)
-        self.text = TextModel(text, self.section, vocab_size)
+        self.section = dict(section)
+        self.text = TextModel(section, gemma)
         self.transformer = LTX2Transformer(TransformerConfig.from_sections({NAME: self.section}))
         _initialise(self.transformer)
+
+    @classmethod
+    def of_sizes(cls, sizes: TransformerSizes, text: TextSettings, vocab_size: int) -> Self:
+        """A new one."""
+        return cls(config_section(sizes, text), gemma_section(text, vocab_size))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """What :meth:`save` wrote, frozen."""
+        text = folder / GEMMA
+        with safe_open(folder / f"{NAME}.safetensors", framework="pt") as file:
+            section = json.loads(file.metadata()["config"])[NAME]
+        network = cls(section, json.loads((text / "config.json").read_text(encoding="utf-8")))
+        for kind, module, where in (
+            (NetworkKind.TRANSFORMER, network.transformer, folder),
+            (NetworkKind.TEXT_CONNECTORS, network.text.connectors, folder),
+            (NetworkKind.GEMMA, network.text.gemma, text),
+        ):
+            module.load_state_dict(load_part(where, kind, "cpu", dtype).state_dict())
+        return network.to(device, dtype).eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
         """Write ``transformer.safetensors`` (bfloat16, keys and metadata of a checkpoint) and ``gemma/``."""

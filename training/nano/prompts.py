@@ -107,13 +107,14 @@ def connector_keys(settings: TextSettings) -> dict[str, Any]:
 class TextModel(nn.Module):
     """Text model and connectors, trained together."""
 
-    def __init__(self, settings: TextSettings, section: Mapping[str, Any], vocab_size: int) -> None:
-        """``section`` is ``transformer`` of the checkpoint; the weights are drawn from torch's generator."""
+    def __init__(self, section: Mapping[str, Any], gemma: Mapping[str, Any]) -> None:
+        """Build by the sections of :meth:`NanoTransformer`; weights are drawn from torch's generator."""
         super().__init__()
-        self.gemma_section = gemma_section(settings, vocab_size)
+        self.gemma_section = dict(gemma)
         self.gemma = Gemma3TextModel(Gemma3Config.from_dict(self.gemma_section))
-        states = torch.Size((settings.width, settings.width * (settings.layers + 1)))
-        shapes = {"text_embedding_projection.aggregate_embed.weight": tuple(states)}
+        width = self.gemma.config.hidden_size
+        projection = (width, width * self.gemma.config.num_hidden_states)
+        shapes = {"text_embedding_projection.aggregate_embed.weight": projection}
         self.connectors = TextConnectors(
             TextConnectorsConfig.from_sections({"transformer": dict(section)}, shapes)
         )

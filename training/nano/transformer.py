@@ -66,6 +66,7 @@ class TransformerSettings:
     report_s: float = 20.0
     sample_s: float = 120.0
     """Seconds between samples that are judged."""
+    judged_clips: int = 64
     seed: int = 0
 
 
@@ -251,7 +252,7 @@ class Training:
         vocab_size = tokenizer.tokenizer.get_vocab_size()
         clips = [Clips.load(folder / FOLDER, side, device) for side in sides(folder / FOLDER)]
         channels = {"video_channels": clips[0].video.shape[2], "audio_channels": clips[0].audio.shape[2]}
-        network = NanoTransformer(replace(settings.sizes, **channels), settings.text, vocab_size)
+        network = NanoTransformer.of_sizes(replace(settings.sizes, **channels), settings.text, vocab_size)
         self.network = network.to(device, working_dtype(device))
         self.batches, self.places = Batches(settings, clips, device), Places(clips, device)
         self.optimizer = AveragingOptimizer(self.network, settings)
@@ -285,7 +286,8 @@ class Training:
     def judge(self, *courses: Course) -> dict[str, dict[str, float]]:
         """Percentages of held-out prompts by the averaged weights, where all that it takes is there."""
         self.optimizer.average.swap()
-        found = judged(self.network, self.folder, self.device, courses=courses)
+        count = self.settings.judged_clips
+        found = judged(self.network, self.folder, self.device, count=count, courses=courses)
         self.optimizer.average.swap()
         return found
 
@@ -336,7 +338,7 @@ def train(settings: TransformerSettings, folder: Path, device: str) -> None:
     run.optimizer.average.swap()
     run.network.save(folder)
     courses = [Course(), Course(side=192), Course(side=128)]
-    quality = judged(run.network, folder, device, courses=courses)
+    quality = judged(run.network, folder, device, count=settings.judged_clips, courses=courses)
     notes = {
         "config": {NAME: run.network.section},
         "parameters": count,
