@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffsynth.models.ltx2.audio_vae import AudioDecoder, AudioEncoder
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
+from training.nano.loop import Loop
 from training.nano.muon import MuonAdamW, learning_rate_scale
 from training.nano.results import write_network
 from training.nano.sounds import FRAMES_1S, FRAMES_2S, MEL, Sounds
@@ -114,14 +115,16 @@ def train(settings: AudioVAESettings, folder: Path, device: str) -> dict[str, fl
     optimizer = MuonAdamW(
         vae.named_parameters(), lr=settings.learning_rate, adamw_names=("conv_out",), betas=(0.9, 0.95)
     )
+    state = folder / f"{NAME}.state"
     begun = time.monotonic()
-    for step in range(settings.steps):
-        loss = _step(vae, settings, step, device)
-        optimizer.step(learning_rate_scale(step, settings.steps, warm_up=20, floor=0.02))
-        if step % 20 == 0 or step == settings.steps - 1:
-            print(
-                f"{NAME} {step}/{settings.steps} loss {loss:.3f} {time.monotonic() - begun:.0f} s", flush=True
-            )
+    loop = Loop(
+        name=NAME,
+        steps=settings.steps,
+        schedule=lambda step, steps: learning_rate_scale(step, steps, warm_up=20, floor=0.02),
+        state=state,
+        report=lambda: str(measure(vae, device, 16)),
+    )
+    loop.run(optimizer, lambda step, _: _loss(vae, settings, step, device))
     vae.eval().requires_grad_(False)
     _store_statistics(vae, settings, device)
     for network in (vae.encoder, vae.decoder):  # measured as it will be loaded
@@ -135,11 +138,12 @@ def train(settings: AudioVAESettings, folder: Path, device: str) -> dict[str, fl
         section,
         {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)},
     )
+    state.unlink(missing_ok=True)
     return quality
 
 
-def _step(vae: AudioVAE, settings: AudioVAESettings, step: int, device: str) -> float:
-    """Gradients of one batch; every fourth batch is half as many sounds of twice the length."""
+def _loss(vae: AudioVAE, settings: AudioVAESettings, step: int, device: str) -> Tensor:
+    """Of one batch; every fourth batch is half as many sounds of twice the length."""
     long = step % 4 == 3
     sounds = Sounds.draw(
         settings.batch // 2 if long else settings.batch,
@@ -153,8 +157,7 @@ def _step(vae: AudioVAE, settings: AudioVAESettings, step: int, device: str) -> 
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         decoded, latent = vae(mel, settings.noise)
     loss = reconstruction_loss(decoded.float(), mel, settings.stereo_weight, settings.onset_weight)
-    (loss + settings.latent_penalty * latent.float().square().mean()).backward()
-    return loss.item()
+    return loss + settings.latent_penalty * latent.float().square().mean()
 
 
 def reconstruction_loss(decoded: Tensor, mel: Tensor, stereo_weight: float, onset_weight: float) -> Tensor:

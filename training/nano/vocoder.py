@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from diffsynth.loader import NetworkKind, WeightFiles, load_network
 from diffsynth.models.ltx2.vocoder import MEL_BINS, ResidualBlock, Vocoder, VocoderConfig
 from diffsynth.nano.judge import judge_all
-from training.nano.muon import learning_rate_scale
+from training.nano.loop import Loop
+from training.nano.muon import MuonAdamW, learning_rate_scale
 from training.nano.results import write_network
 from training.nano.sounds import FRAMES_1S, SAMPLES_PER_FRAME, VOCODER_RATE, Sounds
 
@@ -30,6 +31,8 @@ _MEL_SCALE = 2.7
 
 _STFT_SIZES = (512, 1024, 2048)
 _WARM_UP = 40
+RoundTrip = Callable[[Tensor], Tensor]
+
 _HEARD = ("sound", "pitch", "pan", "sync")
 _JUDGED_SIDE = 96
 """Pixels of the pictures beside which the sounds are judged."""
@@ -131,40 +134,52 @@ def train(settings: VocoderSettings, folder: Path, device: str) -> dict[str, dic
     mono = MonoVocoder(VocoderConfig.from_sections({NAME: section}))
     initialize(mono)
     mono.to(device)
-    optimizer = torch.optim.AdamW(
-        mono.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    optimizer = MuonAdamW(
+        mono.named_parameters(), lr=settings.learning_rate, adamw_names=("",), betas=(0.9, 0.95)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_scale(step, settings.steps, warm_up=_WARM_UP, floor=0.01)
-    )
+    state = folder / f"{NAME}.state"
     begun = time.monotonic()
-    for step in range(settings.steps):
-        decoded = through if step >= settings.decoded_from * settings.steps else None
-        mel, wave = _batch(settings, step, device, decoded)
-        made = mono(mel)
-        power = _relative_error(made, wave)
-        loss = power.mean() + 2 * (made - wave).abs().mean()
-        if step >= settings.stft_from * settings.steps:
-            loss = loss + settings.stft_weight * _stft_error(made, wave)
-        loss.backward()
-        nn.utils.clip_grad_norm_(mono.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step == settings.steps - 1:
-            seconds = time.monotonic() - begun
-            print(
-                f"{NAME} {step}/{settings.steps} error {power.mean().item():.3f} {seconds:.0f} s", flush=True
-            )
+    loop = Loop(
+        name=NAME,
+        steps=settings.steps,
+        schedule=lambda step, steps: learning_rate_scale(step, steps, warm_up=_WARM_UP, floor=0.01),
+        state=state,
+        report=lambda: _report(mono, device),
+    )
+    loop.run(optimizer, lambda step, steps: _loss(mono, settings, through, step, steps, device))
     stereo = stereo_of(mono, settings).to(device).bfloat16().eval().requires_grad_(False)
     quality = measure(stereo, through, device, settings.measured)
     print(f"{NAME} {quality}", flush=True)
     notes = {"settings": asdict(settings), "quality": quality, "seconds": round(time.monotonic() - begun)}
     write_network(folder, NAME, [stereo], config_section(settings), notes)
+    state.unlink(missing_ok=True)
     return quality
 
 
-RoundTrip = Callable[[Tensor], Tensor]
+def _loss(
+    mono: MonoVocoder,
+    settings: VocoderSettings,
+    through: RoundTrip | None,
+    step: int,
+    steps: int,
+    device: str,
+) -> Tensor:
+    """Of one batch: relative power of the error, its mean size, and later the error of the magnitudes."""
+    decoded = through if step >= settings.decoded_from * steps else None
+    mel, wave = _batch(settings, step, device, decoded)
+    made = mono(mel)
+    loss = _relative_error(made, wave).mean() + 2 * (made - wave).abs().mean()
+    if step >= settings.stft_from * steps:
+        loss = loss + settings.stft_weight * _stft_error(made, wave)
+    return loss
+
+
+@torch.no_grad()
+def _report(mono: MonoVocoder, device: str) -> str:
+    sounds = Sounds.draw(16, seed=7, device=device, held_out=True)
+    made = mono(sounds.mel(FRAMES_1S).flatten(0, 1)[:, None])
+    wave = sounds.waveform(FRAMES_1S, VOCODER_RATE)
+    return f"snr {_snr_db(made.view_as(wave), wave):.1f} dB"
 
 
 def vae_round_trip(folder: Path, device: str) -> RoundTrip | None:
