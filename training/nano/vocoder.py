@@ -42,9 +42,9 @@ _JUDGED_SIDE = 96
 class VocoderSettings:
     """Sizes and training of the vocoder; ``width`` is that of one side, half of the stored one.
 
-    ``stft_from`` and ``decoded_from`` are parts of the training: when magnitudes enter the loss, and when
-    half of the spectrograms come through the audio VAE.  ``measured`` is the number of sounds behind the
-    quality.
+    ``stft_from`` is the step from which magnitudes enter the loss; before a waveform is there, they would
+    make silence the best answer.  ``decoded_from`` is the part of the training after which half of the
+    spectrograms come through the audio VAE.  ``measured`` is the number of sounds behind the quality.
     """
 
     width: int = 64
@@ -52,11 +52,11 @@ class VocoderSettings:
     upsample_kernel_sizes: tuple[int, ...] = (20, 12, 8)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3), (1, 3))
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 6
     frames: int = 48
     learning_rate: float = 2e-3
-    stft_from: float = 0.25
+    stft_from: int = 300
     stft_weight: float = 0.2
     decoded_from: float = 0.6
     log_gains: tuple[float, float] = (-2.0, 0.6)
@@ -169,7 +169,7 @@ def _loss(
     mel, wave = _batch(settings, step, device, decoded)
     made = mono(mel)
     loss = _relative_error(made, wave).mean() + 2 * (made - wave).abs().mean()
-    if step >= settings.stft_from * steps:
+    if step >= settings.stft_from:
         loss = loss + settings.stft_weight * _stft_error(made, wave)
     return loss
 
