@@ -33,7 +33,7 @@ _TELL_EVERY_S = 5.0
 class LatentSettings:
     """How many clips of which side are encoded."""
 
-    counts: Mapping[int, int] = field(default_factory=lambda: {256: 24576, 192: 6144, 128: 12288})
+    counts: Mapping[int, int] = field(default_factory=lambda: {256: 32768, 192: 6144, 128: 16384})
     """Side in pixels -> clips."""
     batch: int = 64
     seed: int = 1000

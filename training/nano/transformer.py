@@ -1,10 +1,11 @@
 """Trains the diffusion transformer, its connectors and its text model together, from captions.
 
-B clips, T tokens of a stream.  Noise levels are those of few tokens: a logit-normal density around
-sigmoid(0.8), a tenth uniform; both streams share the level, as they do when they are sampled.
+B clips, T tokens of a stream.  Noise levels are those of few tokens: a logit-normal density, around
+sigmoid(0.8) for small pictures, and a tenth uniform; both streams share the level, as when they are sampled.
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ _TRIED, _TIMED = 20, 60
 _EMPTY = 2
 """Id of ``<bos>``, which is all of an empty caption."""
 _FRAMED_SHARE = 0.03
+_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,8 @@ class TransformerSettings:
     floor: float = 0.02
     average: float = 0.9990
     logit_mean: float = 0.8
+    """Of the noise levels at 64 tokens; half the logarithm of the number of tokens is added: as many more
+    tokens show the same things, as much more noise it takes to hide them."""
     uniform: float = 0.1
     empty: float = 0.1
     first_frame: float = 0.25
@@ -111,14 +115,15 @@ class Batches:
             audio=clips.audio[rows].float(),
             ids=ids,
             counts=counts,
-            sigma=self.sigmas(count),
+            sigma=self.sigmas(count, clips.video.shape[1]),
             first_frame=kind < s.first_frame,
             given="audio" if kind > 1 - s.given else "video" if kind > 1 - 2 * s.given else None,
         )
 
-    def sigmas(self, count: int) -> Tensor:
+    def sigmas(self, count: int, tokens: int) -> Tensor:
         """(count,) float32 noise levels."""
-        levels = torch.sigmoid(self._normal(count) + self._settings.logit_mean)
+        mean = self._settings.logit_mean + 0.5 * math.log(tokens / _TOKENS)
+        levels = torch.sigmoid(self._normal(count) + mean)
         return torch.where(self._uniform(count) < self._settings.uniform, self._uniform(count), levels)
 
     def noise(self, like: Tensor) -> Tensor:
