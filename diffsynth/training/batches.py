@@ -26,7 +26,7 @@ class BatchPlan:
         self._batch_size = batch_size
         groups: dict[object, list[int]] = defaultdict(list)
         for index, entry in enumerate(entries):
-            groups[entry.video_shape, entry.audio_shape, entry.reference_shape].append(index)
+            groups[entry.shapes].append(index)
         self._groups = list(groups.values())
         self._epoch, self._order = -1, list[list[int]]()
 

@@ -1,5 +1,6 @@
 """What has to be made of which clip: its size, its caption, and the name of the sample that it becomes."""
 
+import glob
 import hashlib
 import json
 import math
@@ -25,6 +26,8 @@ class ClipJob:
     bucket: Bucket
     fps: float
     file: str
+    video_mask: Path | None = None
+    audio_mask: Path | None = None
 
     @property
     def sound(self) -> Path:
@@ -82,6 +85,10 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
         raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")
     bucket = choose_bucket(info, data.sizes)
     reference = _reference(clip, bucket) if data.reference_scale else None
+    video_mask = _mask(clip.video_mask, data.video_masks, clip.path) if data.video else None
+    audio_mask = _mask(clip.audio_mask, data.audio_masks, clip.path) if data.audio else None
+    if data.audio_reference and clip.audio_reference is None:
+        raise RequestError(f"{clip.path.name} has no reference sound", hint="audio_reference = false")
     caption = f"{data.trigger} {clip.caption}".strip()
     fps = float(info.fps)
     facts = [
@@ -99,11 +106,39 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
         if file is None:
             digest.update(b"none")
             continue
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(_digest(file))
+    further = {
+        "audio_reference": clip.audio_reference if data.audio_reference else None,
+        "video_mask": video_mask,
+        "audio_mask": audio_mask,
+    }
+    for name, file in further.items():
+        if file is not None:
+            digest.update(name.encode() + _digest(file))
     return ClipJob(
-        clip=clip, caption=caption, bucket=bucket, fps=fps, file=f"{digest.hexdigest()[:40]}.safetensors"
+        clip=clip,
+        caption=caption,
+        bucket=bucket,
+        fps=fps,
+        file=f"{digest.hexdigest()[:40]}.safetensors",
+        video_mask=video_mask,
+        audio_mask=audio_mask,
     )
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def _mask(stated: Path | None, folder: Path | None, clip: Path) -> Path | None:
+    """The mask of a clip: the one in its row, else the file of its name in the folder of masks, if any."""
+    if stated is not None or folder is None:
+        return stated
+    found = sorted(folder.glob(f"{glob.escape(clip.stem)}.*"))
+    if not found:
+        raise RequestError(f"{folder} holds no mask for {clip.name}", hint=f"{clip.stem}.png")
+    return found[0]
 
 
 def _reference(clip: ClipSource, bucket: Bucket) -> Path:

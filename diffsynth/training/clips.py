@@ -14,6 +14,9 @@ CAPTION_KEYS = ("caption", "prompt")
 CLIP_KEYS = ("video", "media_path", "path", "file_name")
 SOUND_KEYS = ("audio", "input_audio")
 REFERENCE_KEYS = ("reference", "reference_video", "in_context_videos")
+AUDIO_REFERENCE_KEYS = ("reference_audio",)
+VIDEO_MASK_KEYS = ("video_mask",)
+AUDIO_MASK_KEYS = ("audio_mask",)
 """Column names of the official trainer, of DiffSynth-Studio and of Hugging Face data sets."""
 
 
@@ -27,6 +30,8 @@ class ClipSource:
         sound: a file with the sound, instead of the track of the video.
         reference: a clip that the video is to be made after, frame by frame.
         where: place in the list, for messages.
+        audio_reference: a sound that the sound is to be made after.
+        video_mask, audio_mask: files with what of the clip is given, see :mod:`diffsynth.training.masks`.
     """
 
     path: Path
@@ -34,14 +39,19 @@ class ClipSource:
     sound: Path | None
     reference: Path | None
     where: str
+    audio_reference: Path | None = None
+    video_mask: Path | None = None
+    audio_mask: Path | None = None
 
 
 def find_clips(source: Path) -> list[ClipSource]:
     """The clips of a CSV, JSON or JSONL file or of a folder, in their order (a folder's by name).
 
     A table needs a column for the clip (:data:`CLIP_KEYS`) and one for the caption (:data:`CAPTION_KEYS`); it
-    may have one for the sound (:data:`SOUND_KEYS`) and one for a reference (:data:`REFERENCE_KEYS`).  Paths
-    count from its folder.  In a folder the caption of ``NAME.mp4`` is the text of ``NAME.txt``.
+    may have others for the sound (:data:`SOUND_KEYS`), a reference clip (:data:`REFERENCE_KEYS`), a
+    reference sound (:data:`AUDIO_REFERENCE_KEYS`) and masks (:data:`VIDEO_MASK_KEYS`,
+    :data:`AUDIO_MASK_KEYS`).  Paths count from its folder.  In a folder the caption of ``NAME.mp4``
+    is the text of ``NAME.txt``.
 
     Raises:
         RequestError: no such file or folder, one that cannot be read, or without clips.
@@ -109,15 +119,22 @@ def _clip(source: Path, number: int, row: Any) -> ClipSource:
     if not isinstance(row, Mapping):
         raise RequestError(f"{where} is no object", hint='{"video": "a.mp4", "caption": "..."}')
     path, caption = _first(row, CLIP_KEYS), _first(row, CAPTION_KEYS)
-    sound, reference = _first(row, SOUND_KEYS), _first(row, REFERENCE_KEYS)
     if path is None:
         raise RequestError(f"{where} names no clip", hint=f"a column {' or '.join(CLIP_KEYS)}")
+
+    def beside(keys: Iterable[str]) -> Path | None:
+        name = _first(row, keys)
+        return None if name is None else source.parent / name
+
     return ClipSource(
         path=source.parent / path,
         caption=caption,
-        sound=None if sound is None else source.parent / sound,
-        reference=None if reference is None else source.parent / reference,
+        sound=beside(SOUND_KEYS),
+        reference=beside(REFERENCE_KEYS),
         where=where,
+        audio_reference=beside(AUDIO_REFERENCE_KEYS),
+        video_mask=beside(VIDEO_MASK_KEYS),
+        audio_mask=beside(AUDIO_MASK_KEYS),
     )
 
 

@@ -28,6 +28,8 @@ class ConditionType(StrEnum):
     """The last ones."""
     SPATIAL_CROP = "spatial_crop"
     """A rectangle in every frame of the video: a clip is painted on around it."""
+    MASK = "mask"
+    """What the mask of each sample says: a clip or a sound is mended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +61,8 @@ class Condition:
         if self.modality not in {VIDEO, AUDIO}:
             raise RequestError(f"condition modality={self.modality!r}", hint=f"{VIDEO} or {AUDIO}")
         in_time = {ConditionType.PREFIX, ConditionType.SUFFIX}
-        if self.modality == AUDIO and self.type not in in_time:
-            raise RequestError(f"condition {self.type} is one of the video", hint="prefix or suffix")
+        if self.modality == AUDIO and self.type not in {*in_time, ConditionType.MASK}:
+            raise RequestError(f"condition {self.type} is one of the video", hint="prefix, suffix or mask")
         if not 0 <= self.probability <= 1:
             raise RequestError(f"condition probability={self.probability}", hint="a number from 0 to 1")
         if self.type in in_time and self.count < 1:
@@ -77,9 +79,10 @@ class Condition:
 
 
 def given_tokens(condition: Condition, shape: Sequence[int]) -> Tensor:
-    """The tokens inside the region, (tokens,) bool.
+    """The tokens inside a region that is the same in all samples, (tokens,) bool.
 
     Args:
+        condition: of any type but ``mask``.
         shape: of the latent: (C, F, H, W) for video, (C, T, M) for audio.
 
     Raises:
@@ -111,7 +114,11 @@ def given_tokens(condition: Condition, shape: Sequence[int]) -> Tensor:
 
 
 def draw_mask(
-    conditions: Sequence[Condition], shape: Sequence[int], batch: int, generator: torch.Generator
+    conditions: Sequence[Condition],
+    shape: Sequence[int],
+    batch: int,
+    generator: torch.Generator,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """Draw for every sample which conditions hold.
 
@@ -119,6 +126,7 @@ def draw_mask(
         conditions: those of one modality; each draws ``batch`` uniforms, in order.
         shape: as in :func:`given_tokens`.
         generator: on the CPU.
+        masks: (B, tokens) bool, True where a sample is given: the region of conditions of the type ``mask``.
 
     Returns:
         (B, tokens, 1) float32, 1 = generate, 0 = given; expanded from one value where nothing is given.
@@ -130,7 +138,9 @@ def draw_mask(
     given = torch.zeros(batch, num_tokens, dtype=torch.bool)
     for condition in conditions:
         holds = torch.rand(batch, generator=generator) < condition.probability
-        given |= holds[:, None] & given_tokens(condition, shape)
+        region = masks if condition.type == ConditionType.MASK else given_tokens(condition, shape)
+        assert region is not None, "a condition of the type mask comes with masks"
+        given |= holds[:, None] & region
     if not bool(given.any()):
         return torch.ones(1, 1, 1).expand(batch, num_tokens, 1)
     if bool(given.all(dim=1).any()):

@@ -89,6 +89,9 @@ class DataSection:
         audio: make latents of the sound; clips without a sound track are left out and named.
         reference_scale: width and height of the clips, divided by those of their reference clips; 0 without
             references.
+        audio_reference: the clips have reference sounds.
+        video_masks, audio_masks: folders with a mask for every clip, files of the names of the clips; a mask
+            that the list of clips names comes first.
     """
 
     source: Path
@@ -98,6 +101,9 @@ class DataSection:
     video: bool = True
     audio: bool = True
     reference_scale: int = 0
+    audio_reference: bool = False
+    video_masks: Path | None = None
+    audio_masks: Path | None = None
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
@@ -113,6 +119,8 @@ class DataSection:
             raise RequestError(
                 f"reference_scale={scale}, video={self.video}", hint="reference_scale = 1, video = true"
             )
+        if self.audio_reference and not self.audio:
+            raise RequestError("audio_reference with audio=False", hint="audio = true")
         for bucket in self.sizes:
             if scale and (bucket.width % (cell * scale) or bucket.height % (cell * scale)):
                 raise RequestError(
@@ -252,6 +260,11 @@ class TrainConfig:
         if self.strategy.reference_probability and not self.data.reference_scale:
             raise RequestError(
                 "[strategy] reference_probability without [data] reference_scale", hint="reference_scale = 1"
+            )
+        if self.strategy.audio_reference_probability and not self.data.audio_reference:
+            raise RequestError(
+                "[strategy] audio_reference_probability without [data] audio_reference",
+                hint="audio_reference = true",
             )
         if self.training.mode == FULL and self.model.torch_dtype != torch.float32:
             raise RequestError(

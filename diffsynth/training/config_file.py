@@ -79,7 +79,7 @@ class _File:
                 return self._items(section, key, value, ValidationClip)
             case "validation.clips", "image" | "reference" | "sound" | "video":
                 return self._path(section, key, value)
-            case "data", "source" | "folder":
+            case "data", "source" | "folder" | "video_masks" | "audio_masks":
                 return self._path(section, key, value)
             case "output", "folder":
                 return self._path(section, key, value)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.conditioning.tokens import audio_latent_frames
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, audio_latent_frames
 from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
 from diffsynth.models.ltx2.tiling import TileConfig
@@ -25,6 +25,7 @@ from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
 from diffsynth.training.clip_jobs import ClipJob, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
+from diffsynth.training.masks import read_audio_mask, read_video_mask
 from diffsynth.training.samples import Sample, entry_of, write_index
 from diffsynth.training.texts import TEXT, encode_texts, files_of, loaded, open_all, text_cache, told
 from diffsynth.utils.audio import read_audio
@@ -111,18 +112,46 @@ def _encode(data: DataSection, parts: Parts, captions: PromptCache, job: ClipJob
         raise OutputError(
             f"{captions.path(job.caption)} could not be kept", hint=f"free space in {data.folder}"
         )
-    bucket, video, audio, reference = job.bucket, None, None, None
+    bucket, video, audio, reference, voice = job.bucket, None, None, None, None
+    video_mask = audio_mask = None
     if parts.video_vae_encoder is not None:
         video = _encode_video(parts, job.clip.path, bucket)
         if data.reference_scale and job.clip.reference is not None:
             reference = _encode_video(parts, job.clip.reference, bucket, data.reference_scale)
+        if job.video_mask is not None:
+            video_mask = read_video_mask(job.video_mask, bucket)
     if parts.audio_vae_encoder is not None:
-        duration_s = bucket.frames / job.fps
-        sound = read_audio(job.sound, 0.0, duration_s, argument="clip").to_stereo()
+        audio = _encode_audio(parts, job.sound, job, whole=True)
+        if data.audio_reference and job.clip.audio_reference is not None:
+            voice = _encode_audio(parts, job.clip.audio_reference, job, whole=False)
+        if job.audio_mask is not None:
+            audio_mask = read_audio_mask(job.audio_mask, audio.shape[2])
+    return Sample(
+        video=video,
+        audio=audio,
+        context=context,
+        fps=job.fps,
+        reference=reference,
+        audio_reference=voice,
+        video_mask=video_mask,
+        audio_mask=audio_mask,
+    )
+
+
+def _encode_audio(parts: Parts, path: Path, job: ClipJob, *, whole: bool) -> Tensor:
+    """The beginning of a sound, no longer than the clip: (1, C, T, M) float32.
+
+    With ``whole`` it is exactly as long, silence at its end; otherwise a shorter one stays so.
+    """
+    assert parts.audio_vae_encoder is not None
+    duration_s = job.bucket.frames / job.fps
+    sound = read_audio(path, 0.0, duration_s, argument="clip").to_stereo()
+    length = audio_latent_frames(job.bucket.frames, job.fps)
+    if whole:
         sound = sound.fit(round(duration_s * sound.sampling_rate))
-        length = audio_latent_frames(bucket.frames, job.fps)
-        audio = encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
-    return Sample(video=video, audio=audio, context=context, fps=job.fps, reference=reference)
+    else:
+        length = min(length, max(1, round(sound.duration_s * AUDIO_LATENTS_PER_S)))
+    return encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
 
 
 def _encode_video(parts: Parts, path: Path, bucket: Bucket, scale: int = 1) -> Tensor:

@@ -24,6 +24,9 @@ _SHAPES = {
     "video_shape": "video_latent",
     "audio_shape": "audio_latent",
     "reference_shape": "reference_latent",
+    "audio_reference_shape": "audio_reference_latent",
+    "video_mask_shape": "video_mask",
+    "audio_mask_shape": "audio_mask",
 }
 """Name in the index -> tensor of the file."""
 _AGAIN = "run `diffsynth preprocess` with this configuration"
@@ -41,6 +44,8 @@ class SampleEntry:
         audio_shape: (C, T, M); None without sound.
         reference_shape: (C, F, H, W) of the latent of a reference clip; None without one.
         fps: frames per second of the clip.
+        audio_reference_shape: (C, T, M) of the latent of a reference sound; None without one.
+        video_mask_shape, audio_mask_shape: (F, H, W) and (T,); None without masks.
     """
 
     file: str
@@ -50,6 +55,14 @@ class SampleEntry:
     audio_shape: tuple[int, ...] | None
     fps: float
     reference_shape: tuple[int, ...] | None = None
+    audio_reference_shape: tuple[int, ...] | None = None
+    video_mask_shape: tuple[int, ...] | None = None
+    audio_mask_shape: tuple[int, ...] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Of everything that makes up a pass: equal ones can go into one batch."""
+        return tuple(getattr(self, name) for name in _SHAPES)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -62,7 +75,9 @@ class SampleEntry:
 class Sample:
     """Latents, normalised, float32: ``video`` (1, C, F, H, W), ``audio`` (1, C, T, M); and the context.
 
-    ``reference`` (1, C, F, H', W') is that of a clip that the video is made after.
+    ``reference`` (1, C, F, H', W') is that of a clip that the video is made after, ``audio_reference``
+    (1, C, T', M) that of a sound.  ``video_mask`` (1, F, H, W) and ``audio_mask`` (1, T), bool, are True
+    where a clip is given.
     """
 
     video: Tensor | None
@@ -70,6 +85,9 @@ class Sample:
     context: PromptContext
     fps: float
     reference: Tensor | None = None
+    audio_reference: Tensor | None = None
+    video_mask: Tensor | None = None
+    audio_mask: Tensor | None = None
 
     def save(self, path: Path, *, source: str, caption: str) -> None:
         """Write a file, complete or not at all; contexts keep their dtype.
@@ -78,9 +96,7 @@ class Sample:
             OutputError: the folder is not writable or the disk is full.
         """
         named = {
-            "video_latent": self.video,
-            "audio_latent": self.audio,
-            "reference_latent": self.reference,
+            **self._latents(),
             "video_context": self.context.video,
             "audio_context": self.context.audio,
         }
@@ -102,19 +118,28 @@ class Sample:
             context=PromptContext(tensors["video_context"], tensors["audio_context"]),
             fps=float(metadata["fps"]),
             reference=tensors.get("reference_latent"),
+            audio_reference=tensors.get("audio_reference_latent"),
+            video_mask=tensors.get("video_mask"),
+            audio_mask=tensors.get("audio_mask"),
         )
 
     def entry(self, file: str, *, source: str, caption: str) -> SampleEntry:
         """The line of the index."""
-        return SampleEntry(
-            file=file,
-            source=source,
-            caption=caption,
-            video_shape=None if self.video is None else tuple(self.video.shape[1:]),
-            audio_shape=None if self.audio is None else tuple(self.audio.shape[1:]),
-            fps=self.fps,
-            reference_shape=None if self.reference is None else tuple(self.reference.shape[1:]),
-        )
+        latents = self._latents()
+        tensors = {name: latents[key] for name, key in _SHAPES.items()}
+        shapes = {name: None if t is None else tuple(t.shape[1:]) for name, t in tensors.items()}
+        return SampleEntry(file=file, source=source, caption=caption, fps=self.fps, **shapes)
+
+    def _latents(self) -> dict[str, Tensor | None]:
+        """By the names in the file."""
+        return {
+            "video_latent": self.video,
+            "audio_latent": self.audio,
+            "reference_latent": self.reference,
+            "audio_reference_latent": self.audio_reference,
+            "video_mask": self.video_mask,
+            "audio_mask": self.audio_mask,
+        }
 
 
 def entry_of(path: Path) -> SampleEntry:

@@ -13,9 +13,9 @@ from torch import Tensor
 from diffsynth.conditioning.tokens import audio_positions, patchify, reference_positions, video_positions
 from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.models.ltx2.transformer import LTX2Transformer, Modality
-from diffsynth.training.conditions import AUDIO, VIDEO, Condition, draw_mask
+from diffsynth.training.conditions import AUDIO, VIDEO, Condition, ConditionType, draw_mask
 from diffsynth.training.objective import masked_loss, noisy, velocity
-from diffsynth.training.samples import Sample
+from diffsynth.training.samples import Sample, SampleEntry
 from diffsynth.training.sigmas import SigmaSampler
 
 Source = Callable[[str], torch.Generator]
@@ -42,12 +42,14 @@ class StrategyConfig:
         conditions: regions of a generated modality that are given.
         reference_probability: of a batch having its reference clips, which are given beside the video
             (IC-LoRA).
+        audio_reference_probability: the same for its reference sounds, beside the sound; drawn for itself.
     """
 
     video: str = Role.GENERATE
     audio: str = Role.GENERATE
     conditions: tuple[Condition, ...] = ()
     reference_probability: float = 0.0
+    audio_reference_probability: float = 0.0
 
     def check(self) -> None:
         """Make sure that something is learnt and that every condition has its modality.
@@ -61,12 +63,17 @@ class StrategyConfig:
                 raise RequestError(f"strategy {name}={role!r} is not known", hint=", ".join(Role))
         if Role.GENERATE not in (self.video, self.audio):
             raise RequestError("strategy: nothing is generated", hint='video = "generate"')
-        if not 0 <= self.reference_probability <= 1:
-            raise RequestError(
-                f"reference_probability={self.reference_probability}", hint="a number from 0 to 1"
-            )
-        if self.reference_probability and self.video != Role.GENERATE:
-            raise RequestError("reference clips for a video that is not generated", hint='video = "generate"')
+        for name, prefix in ((VIDEO, ""), (AUDIO, "audio_")):
+            probability = getattr(self, f"{prefix}reference_probability")
+            if not 0 <= probability <= 1:
+                raise RequestError(
+                    f"{prefix}reference_probability={probability}", hint="a number from 0 to 1"
+                )
+            if probability and getattr(self, name) != Role.GENERATE:
+                raise RequestError(
+                    f"{prefix}reference_probability for {name} that is not generated",
+                    hint=f'{name} = "generate"',
+                )
         for condition in self.conditions:
             condition.check()
             if getattr(self, condition.modality) != Role.GENERATE:
@@ -74,6 +81,33 @@ class StrategyConfig:
                     f"condition {condition.type} is one of the {condition.modality}, which is not generated",
                     hint=f'{condition.modality} = "generate"',
                 )
+
+
+def check_samples(config: StrategyConfig, entries: Sequence[SampleEntry]) -> None:
+    """Make sure, before any step, that every sample has what the strategy wants of it.
+
+    Raises:
+        CheckpointError: it names the first clip without, and how samples get it.
+    """
+    masked = {c.modality for c in config.conditions if c.type == ConditionType.MASK and c.probability}
+    wanted = {
+        "video_shape": (config.video != Role.NONE, "pictures", "video = true in [data]"),
+        "audio_shape": (config.audio != Role.NONE, "sound", "audio = true in [data]"),
+        "reference_shape": (config.reference_probability, "reference clip", "reference_scale in [data]"),
+        "audio_reference_shape": (
+            config.audio_reference_probability,
+            "reference sound",
+            "audio_reference = true in [data]",
+        ),
+        "video_mask_shape": (VIDEO in masked, "mask of the video", "a column video_mask"),
+        "audio_mask_shape": (AUDIO in masked, "mask of the audio", "a column audio_mask"),
+    }
+    for name, (needed, what, hint) in wanted.items():
+        missing = [entry.source for entry in entries if needed and getattr(entry, name) is None]
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]} has no {what}, which the strategy trains on", hint=f"preprocess with {hint}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -138,8 +172,8 @@ class Strategy:
             latent = _stacked([s.video for s in samples], VIDEO)
             places = [video_positions(_grid(latent), s.fps) for s in samples]
             context = torch.cat([s.context.video for s in samples])
-            video = self._stream(VIDEO, latent, torch.cat(places), context, source, None, device)
-            if self._draws_reference(source):
+            video = self._stream(VIDEO, samples, latent, torch.cat(places), context, source, None, device)
+            if self._draws(source("reference"), self.config.reference_probability):
                 video = _with_reference(video, samples)
         if self.config.audio != Role.NONE:
             latent = _stacked([s.audio for s in samples], AUDIO)
@@ -147,7 +181,9 @@ class Strategy:
             context = torch.cat([s.context.audio for s in samples])
             generated = video is not None and video.target is not None
             shared = video.sigma.cpu() if video is not None and generated and self._shared_sigma else None
-            audio = self._stream(AUDIO, latent, positions, context, source, shared, device)
+            audio = self._stream(AUDIO, samples, latent, positions, context, source, shared, device)
+            if self._draws(source("audio reference"), self.config.audio_reference_probability):
+                audio = _with_audio_reference(audio, samples)
         return video, audio
 
     def loss(
@@ -166,14 +202,15 @@ class Strategy:
             total=total, video=_with_sigma(losses[0], video), audio=_with_sigma(losses[1], audio)
         )
 
-    def _draws_reference(self, source: Source) -> bool:
+    @staticmethod
+    def _draws(generator: torch.Generator, probability: float) -> bool:
         """One draw for the whole batch."""
-        probability = self.config.reference_probability
-        return bool(torch.rand(1, generator=source("reference")) < probability)
+        return bool(torch.rand(1, generator=generator) < probability)
 
     def _stream(
         self,
         name: str,
+        samples: Sequence[Sample],
         latent: Tensor,
         positions: Tensor,
         context: Tensor,
@@ -187,7 +224,8 @@ class Strategy:
             own = self._sample_sigmas(batch, num_tokens, source(f"{name} sigma"))
             sigma = own if shared_sigma is None else shared_sigma
             conditions = [c for c in self.config.conditions if c.modality == name]
-            mask = draw_mask(conditions, latent.shape[1:], batch, source(f"{name} conditions"))
+            masks = _masks(samples, name) if any(c.type == ConditionType.MASK for c in conditions) else None
+            mask = draw_mask(conditions, latent.shape[1:], batch, source(f"{name} conditions"), masks)
             noise = torch.randn(clean.shape, generator=source(f"{name} noise"))
             target = velocity(clean, noise).to(device)
         else:
@@ -219,13 +257,24 @@ def reference_factor(video_shape: Sequence[int], reference_shape: Sequence[int])
 
 
 def _with_reference(stream: TrainingStream, samples: Sequence[Sample]) -> TrainingStream:
-    """The stream with the clean tokens of the reference clips in front: sigma 0, without loss."""
-    assert stream.target is not None, "references come with a generated video"
-    modality = stream.modality
+    """The stream with the clean tokens of the reference clips in front."""
     latent = _stacked([s.reference for s in samples], "reference clip")
     video = next(s.video for s in samples if s.video is not None)
     factor = reference_factor(video.shape[1:], latent.shape[1:])
     places = [reference_positions(_grid(latent), s.fps, downscale_factor=factor) for s in samples]
+    return _in_front(stream, latent, torch.cat(places))
+
+
+def _with_audio_reference(stream: TrainingStream, samples: Sequence[Sample]) -> TrainingStream:
+    """The stream with the clean tokens of the reference sounds in front: they begin with the clip."""
+    latent = _stacked([s.audio_reference for s in samples], "reference sound")
+    return _in_front(stream, latent, audio_positions(latent.shape[2], batch=len(samples)))
+
+
+def _in_front(stream: TrainingStream, latent: Tensor, places: Tensor) -> TrainingStream:
+    """The stream with the tokens of another latent before its own: clean, at sigma 0, without loss."""
+    assert stream.target is not None, "references come with a modality that is generated"
+    modality = stream.modality
     clean = patchify(latent).to(modality.latent)
     batch, count = clean.shape[:2]
 
@@ -235,7 +284,7 @@ def _with_reference(stream: TrainingStream, samples: Sequence[Sample]) -> Traini
         return torch.cat([value.new_zeros(batch, count, width), value.expand(batch, tokens, width)], dim=1)
 
     num_tokens = modality.latent.shape[1]
-    positions = torch.cat([torch.cat(places).to(modality.positions), modality.positions], dim=2)
+    positions = torch.cat([places.to(modality.positions), modality.positions], dim=2)
     with_reference = replace(
         modality,
         latent=torch.cat([clean, modality.latent], dim=1),
@@ -248,6 +297,12 @@ def _with_reference(stream: TrainingStream, samples: Sequence[Sample]) -> Traini
         target=before(stream.target, num_tokens),
         mask=before(stream.mask, num_tokens),
     )
+
+
+def _masks(samples: Sequence[Sample], name: str) -> Tensor:
+    """(B, tokens) bool, in the order of the tokens."""
+    masks = [getattr(sample, f"{name}_mask") for sample in samples]
+    return _stacked(masks, f"mask of the {name}").flatten(1)
 
 
 def _timesteps(mask: Tensor, sigma: Tensor) -> Tensor:
@@ -273,7 +328,7 @@ def _stacked(latents: Sequence[Tensor | None], name: str) -> Tensor:
     if len(there) < len(latents):
         raise CheckpointError(
             f"the samples hold no {name}, which the strategy trains on",
-            hint=f'{name} = "none", or `diffsynth preprocess` clips that have it',
+            hint="`diffsynth preprocess` clips that have it, or another strategy",
         )
     return torch.cat(there)
 

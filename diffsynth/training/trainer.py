@@ -28,7 +28,7 @@ from diffsynth.training.metrics import LossMeans, open_metrics
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
-from diffsynth.training.strategy import Strategy, reference_factor
+from diffsynth.training.strategy import Strategy, check_samples, reference_factor
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 from diffsynth.training.validation import Validator
 
@@ -86,6 +86,7 @@ def train(
     """
     config.check()
     entries = read_index(config.data.folder)
+    check_samples(config.strategy, entries)
     checkpoints = Checkpoints(config.output.folder)
     state = checkpoints.start(resume=resume)
     device = resolve_device(config.model.device)
@@ -113,16 +114,14 @@ def _reference_factor(config: TrainConfig, entries: Sequence[SampleEntry]) -> in
     """That of the samples, where references are trained on.
 
     Raises:
-        CheckpointError: samples without a reference, or with different factors.
+        CheckpointError: samples with different factors.
     """
     if not config.strategy.reference_probability:
         return None
     factors = set()
     for entry in entries:
-        if entry.video_shape is None or entry.reference_shape is None:
-            raise CheckpointError(
-                f"{entry.source} has no reference clip", hint="`diffsynth preprocess` with reference_scale"
-            )
+        assert entry.video_shape is not None, "check_samples has seen to it"
+        assert entry.reference_shape is not None
         factors.add(reference_factor(entry.video_shape, entry.reference_shape))
     if len(factors) > 1:
         raise CheckpointError(f"references of the factors {sorted(factors)}", hint="one reference_scale")

@@ -50,7 +50,7 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
         data=DataSection(source=data.source, folder=data.folder, buckets=data.buckets),
         output=OutputSection(folder=folder),
     )
-    for section in ("strategy", "sigmas", "lora", "training", "schedule"):
+    for section in ("data", "strategy", "sigmas", "lora", "training", "schedule", "validation"):
         for name in asdict(getattr(config, section)):
             assert re.search(rf"\b{name}\b", page), f"[{section}] {name}"
 
@@ -69,6 +69,15 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
         (
             {"strategy": '[[strategy.conditions]]\ntype = "prefix"\ncuont = 2'},
             r"run.toml:20: unknown key 'cuont' in \[strategy.conditions\].*count$",
+        ),
+        ({"strategy": "audio_reference_probability = 1.0"}, r"without \[data\] audio_reference"),
+        (
+            {"strategy": '[[strategy.conditions]]\ntype = "first_frame"\nmodality = "audio"'},
+            r"\[strategy\] condition first_frame is one of the video.*mask$",
+        ),
+        (
+            {"data": 'source = "y"\nfolder = "x"\nbuckets = ["64x64x9"]\nvideo_mask = "m"'},
+            r"run.toml:11: unknown key 'video_mask'.*video_masks$",
         ),
         ({"output": "folder = 3"}, r"run.toml:13: folder=3 is no path"),
         ({"training": "steps = 0"}, r"\[training\] steps=0"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.pipelines.progress import Progress
@@ -69,6 +70,24 @@ def test_broken_clips_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert "5 frames" in reasons["list.jsonl:3"]
     assert "no sound track" in reasons["list.jsonl:4"]
     assert "no readable caption" in reasons["list.jsonl:5"]
+
+
+def test_broken_masks_are_named(tmp_path: Path) -> None:
+    clips = write_data_set(tmp_path)
+    write_clip(clips / "short.mp4", frames=5)
+    Image.new("L", (64, 64), 255).save(clips / "white.png")
+    Image.new("L", (64, 64), 0).save(clips / "black.png")
+    names = ("", "short.mp4", "white.png", "black.png", "nowhere.png")
+    rows = "".join(f"0.mp4,a square {name},{name}\n" for name in names)
+    (clips / "list.csv").write_text(f"video,caption,video_mask\n{rows}")
+    data = 'source = "clips/list.csv"\nfolder = "samples"\nbuckets = ["64x64x9"]\naudio = false'
+    report = preprocess(read_config(write_config(tmp_path, data=data)))
+    assert report.made == 1
+    reasons = dict(report.broken)
+    assert "5 of 9 frames" in reasons["list.csv:3"]
+    assert "white.png gives the whole clip" in reasons["list.csv:4"]
+    assert "black.png gives nothing" in reasons["list.csv:5"]
+    assert "nowhere.png" in reasons["list.csv:6"]
 
 
 def test_bucket_nearest_in_aspect(tmp_path: Path) -> None:

@@ -122,6 +122,64 @@ def test_reference_of_another_aspect_is_refused(make_sample: Make) -> None:
         strategy(reference_probability=1.0).streams([wide], source, CPU)
 
 
+def test_masks_are_given_and_not_in_the_loss(network: LTX2Transformer, make_sample: Make) -> None:
+    """Each sample by its own mask, of video and of audio."""
+    video_masks = torch.zeros(2, 2, 2, 3, dtype=torch.bool)
+    video_masks[0, 1, 0], video_masks[1, :, 1, 2] = True, True
+    audio_masks = torch.tensor([[True, False, False, True, False], [False] * 4 + [True]])
+    samples = [
+        replace(make_sample(n + 1), video_mask=video_masks[n : n + 1], audio_mask=audio_masks[n : n + 1])
+        for n in range(2)
+    ]
+    conditions = tuple(Condition(type="mask", modality=name) for name in ("video", "audio"))
+    given = strategy(conditions=conditions)
+    made = streams(given, samples)
+    with torch.no_grad():
+        loss = given.loss(network, made)
+        predicted = network(made[0].modality, made[1].modality)
+    expected = []
+    for stream, velocity, masks, name in zip(
+        made, predicted, (video_masks.flatten(1), audio_masks), ("video", "audio"), strict=True
+    ):
+        assert stream.target is not None
+        clean = patchify(torch.cat([getattr(sample, name) for sample in samples]))
+        assert torch.equal(stream.modality.latent[masks], clean[masks])
+        assert torch.equal(stream.modality.timesteps[..., 0], ~masks * stream.sigma[:, None])
+        errors = ((velocity - stream.target) ** 2).mean(dim=2)
+        expected.append(torch.stack([row[~mask].mean() for row, mask in zip(errors, masks, strict=True)]))
+    torch.testing.assert_close(loss.total, (expected[0] + expected[1]).mean())
+    with pytest.raises(CheckpointError, match="no mask of the video"):
+        streams(given, [make_sample(1)])
+
+
+def test_reference_sound_is_clean_in_front_and_not_in_the_loss(
+    network: LTX2Transformer, make_sample: Make
+) -> None:
+    """With a reference clip at the same time; three latents that begin with the clip."""
+    voices = torch.randn(2, 8, 3, 16, generator=torch.Generator().manual_seed(5))
+    samples = [
+        replace(make_sample(n + 1, reference=True), audio_reference=voices[n : n + 1]) for n in range(2)
+    ]
+    last = Condition(type="suffix", modality="audio", count=2)
+    given = strategy(audio_reference_probability=1.0, reference_probability=1.0, conditions=(last,))
+    video, audio = streams(given, samples)
+    _, plain = streams(strategy(conditions=(last,)), samples)
+    modality = audio.modality
+    assert video.modality.latent.shape[1] == 2 + 8
+    assert torch.equal(modality.latent[:, :3], patchify(voices))
+    assert torch.equal(modality.latent[:, 3:], plain.modality.latent)
+    assert torch.equal(modality.timesteps[:, 3:], plain.modality.timesteps)
+    assert not modality.timesteps[:, :3].any()
+    assert torch.equal(modality.positions[:, :, :3], modality.positions[:, :, 3:6])
+    with torch.no_grad():
+        loss = given.loss(network, (video, audio))
+        predicted = network(video.modality, modality)[1]
+    assert audio.target is not None
+    assert loss.audio is not None
+    by_hand = ((predicted - audio.target)[:, 3 : 3 + 3] ** 2).mean(dim=(1, 2))
+    torch.testing.assert_close(loss.audio[0], by_hand)
+
+
 @pytest.mark.parametrize("absent", ["video", "audio"])
 def test_one_modality_alone(network: LTX2Transformer, make_sample: Make, absent: str) -> None:
     given = strategy(**{absent: "none"})
@@ -139,6 +197,7 @@ def test_one_modality_alone(network: LTX2Transformer, make_sample: Make, absent:
         {"video": "made"},
         {"video": "given", "audio": "none"},
         {"video": "given", "reference_probability": 1.0},
+        {"audio": "given", "audio_reference_probability": 1.0},
         {"video": "none", "conditions": (Condition(type="first_frame"),)},
         {"audio": "given", "conditions": (Condition(type="prefix", modality="audio"),)},
     ],

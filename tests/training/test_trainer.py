@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from diffsynth.conditioning.text import PromptContext
@@ -17,9 +18,11 @@ from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
-from diffsynth.training.samples import Sample, write_index
+from diffsynth.training.samples import Sample, read_index, write_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
+from diffsynth.utils.audio import Waveform
+from diffsynth.utils.audio_file import write_audio
 from tests.pipelines.tiny import DEV, GEMMA, call, load, same
 from tests.training.clips import write_clip, write_config, write_data_set
 from tests.training.narrow import write_narrow, write_samples
@@ -172,6 +175,45 @@ def test_in_context_adapter_states_its_factor(tmp_path: Path) -> None:
     without = 'source = "clips"\nfolder = "samples"\nbuckets = ["64x64x9"]'
     with pytest.raises(RequestError, match=r"without .* reference_scale"):
         read_config(write_config(tmp_path, data=without, strategy=strategy))
+
+
+def test_masks_and_reference_sounds_from_files(tmp_path: Path) -> None:
+    """Through both commands; a sample without what the strategy wants is named before any step."""
+    clips = write_data_set(tmp_path)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    half = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    half[:, :32] = 255
+    Image.fromarray(half.numpy()).save(masks / "0.png")
+    sound = torch.cat([torch.zeros(1, 4000), torch.ones(1, 12000)], dim=1)
+    write_audio(Waveform(sound, 16000), clips / "loud at the end.wav")
+    write_audio(Waveform(torch.rand(1, 3200) - 0.5, 16000), clips / "voice.wav")
+    (clips / "list.csv").write_text(
+        "video,caption,audio_mask,reference_audio\n0.mp4,a square,loud at the end.wav,voice.wav\n"
+    )
+    data = (
+        'source = "clips/list.csv"\nfolder = "samples"\nbuckets = ["64x64x9"]\nvideo_masks = "masks"\n'
+        "audio_reference = true"
+    )
+    masked = "".join(
+        f'[[strategy.conditions]]\ntype = "mask"\nmodality = "{m}"\n' for m in ("video", "audio")
+    )
+    strategy = f"audio_reference_probability = 0.5\n{masked}"
+    config = read_config(write_config(tmp_path, data=data, strategy=strategy, training="steps = 2"))
+    assert preprocess(config).made == 1
+    (entry,) = read_index(config.data.folder)
+    sample = Sample.load(config.data.folder / entry.file)
+    assert sample.video_mask is not None
+    assert sample.audio_mask is not None
+    assert sample.video_mask.tolist() == [[[[True, False]] * 2] * 2]
+    assert sample.audio_mask.tolist() == [[False] * 6 + [True] * 3]
+    assert (entry.audio_reference_shape, entry.audio_shape) == ((8, 5, 16), (8, 9, 16))
+    assert train(config).exists()
+    plain = 'source = "clips"\nfolder = "samples"\nbuckets = ["64x64x9"]'
+    without = read_config(write_config(tmp_path, data=plain, strategy=masked, training="steps = 2"))
+    preprocess(without)
+    with pytest.raises(CheckpointError, match=r"0\.mp4 has no mask of the video.*video_mask"):
+        train(without)
 
 
 def test_all_weights_become_a_checkpoint(tmp_path: Path) -> None:
