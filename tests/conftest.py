@@ -14,6 +14,7 @@ from diffsynth.loader import SafetensorsFile
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.vram.cache import FOLDER_VARIABLE
 from tests.cli.command import Here
+from tests.nano.untrained import write_exported
 from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3, write_upscaler
 
 # Time limits of single examples fail on machines that are busy with something else.
@@ -111,6 +112,12 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def ltx_2_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint in the layout of LTX-2.3."""
     return write_ltx_2_3(tmp_path_factory.mktemp("ltx-2.3") / "ltx-2.3-tiny-dev.safetensors")
+
+
+@pytest.fixture(scope="session")
+def untrained_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of files like the one in ``diffsynth/nano/weights``, of networks that are smaller still."""
+    return write_exported(tmp_path_factory.mktemp("nano"), "distilled_lora", "framed_lora")
 
 
 @pytest.fixture

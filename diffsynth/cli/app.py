@@ -5,12 +5,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffsynth import __version__
 from diffsynth.cli import machine, official
+from diffsynth.cli.bundled import filled
 from diffsynth.cli.cache import cache_app
 from diffsynth.cli.options import parse_request, request_options
 from diffsynth.cli.plan import plan
@@ -53,10 +54,19 @@ def _common(
 @app.command()
 @request_options
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="what the video shows and how it sounds")],
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP, rich_help_panel=RUN)] = Path(
         "video.mp4"
     ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="nano: the tiny model of this package, instead of all the files below; "
+            "256x256, 25 frames, 20 steps",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,18 +102,21 @@ def generate(
     **request: object,
 ) -> None:
     """Make a video with sound.  The mp4 keeps the whole request in its metadata."""
+    files: dict[str, Any] = {"checkpoint": checkpoint or (), "gemma": gemma, "upsampler": upsampler}
+    loras: dict[str, Any] = {"distilled_lora": distilled_lora, "lora": lora or ()}
+    given = filled(context, model, files | loras | request)
     # Before torch is imported: a wrong number is told at once.
-    checked = parse_request({"prompt": prompt, **request}).validate()
+    checked = parse_request({"prompt": prompt, **given}).validate()
     try:
         from diffsynth.cli.generate import DISTILLED_LORA_STRENGTH, ModelOptions, run, with_strength
 
-        distilled = with_strength(distilled_lora, DISTILLED_LORA_STRENGTH) if distilled_lora else None
+        distilled = given["distilled_lora"]
         models = ModelOptions(
-            checkpoint=tuple(checkpoint or ()),
-            gemma=gemma,
-            upsampler=upsampler,
-            distilled_lora=distilled,
-            loras=tuple(with_strength(name) for name in lora or ()),
+            checkpoint=tuple(given["checkpoint"]),
+            gemma=given["gemma"],
+            upsampler=given["upsampler"],
+            distilled_lora=with_strength(distilled, DISTILLED_LORA_STRENGTH) if distilled else None,
+            loras=tuple(with_strength(name) for name in given["lora"]),
             machine=machine.MachineOptions.of(device, dtype, vram_limit, host_limit, storage, cache),
         )
         run(request=checked, models=models, output=output, quiet=quiet, stats=stats)

@@ -28,7 +28,8 @@ class ModelSection:
     """Which model is trained, and where.
 
     Attributes:
-        checkpoint: files, or MODEL_ID:FILE_PATTERN as on the hubs.
+        checkpoint: files, or MODEL_ID:FILE_PATTERN as on the hubs.  In a file ``nano`` names the model of the
+            package, with its text model.
         gemma: text model with its tokenizer, named alike; read by ``preprocess`` alone.
         device: the best one of this machine if None.
         dtype: of the frozen weights and the arithmetic, bfloat16 or float32.

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffsynth import nano
 from diffsynth.errors import RequestError
 from diffsynth.training.conditions import Condition
 from diffsynth.training.config import TrainConfig
@@ -26,6 +27,7 @@ def read_config(path: str | Path) -> TrainConfig:
     Raises:
         RequestError: no such file, no TOML, an unknown or missing key, or a value that cannot work; with the
             line, and for an unknown key the nearest known one.
+        CheckpointError: ``checkpoint = "nano"`` where that model is not there.
     """
     path = Path(path)
     try:
@@ -68,6 +70,9 @@ class _File:
     def section(self, name: str, cls: Any, table: Any) -> Any:
         if not isinstance(table, dict):
             raise self.error(name, None, f"{name} is no section", f"[{name}]")
+        if name == "model" and table.get("checkpoint") == nano.NAME:
+            found = nano.files()
+            table = {"gemma": str(found.gemma), **table, "checkpoint": str(found.checkpoint)}
         values = {key: self._value(name, key, value) for key, value in table.items()}
         return self._made(name, cls, values)
 

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from diffsynth.errors import CheckpointError
-from diffsynth.lora.official import official_metadata, official_tensors
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
-from diffsynth.training.adapters import TrainableLora
-from tests.nano.untrained import write_autoencoders, write_transformer
+from tests.nano.untrained import write_exported
 from training.nano.export import ExportSettings, export
 
 PROMPT = "a red circle moves left over a blue background, a high beep"
@@ -24,16 +21,7 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("nano")
-    write_autoencoders(folder)
-    network = write_transformer(folder).transformer
-    lora = TrainableLora(network, ["to_q"], rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
-    tensors = official_tensors(lora.updates())
-    save_file(tensors, folder / "distilled_lora.safetensors", official_metadata("LTX-2", {"steps": 1}))
-    (folder / "done").mkdir()
-    (folder / "done" / "vocoder.json").write_text('{"seconds": 3, "settings": {}}')
-    export(ExportSettings(), folder, "cpu")
-    return folder / "nano"
+    return write_exported(tmp_path_factory.mktemp("nano"), "distilled_lora")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from diffsynth.lora.official import official_metadata, official_tensors
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
 from diffsynth.models.ltx2.upsampler import LatentUpsampler, UpsamplerConfig
 from diffsynth.models.ltx2.video_vae_config import VideoVAEConfig
 from diffsynth.models.ltx2.vocoder import Vocoder, VocoderConfig
 from diffsynth.nano.world import VOCABULARY
+from diffsynth.training.adapters import TrainableLora
 from training.nano import audio_vae, upsampler, video_vae, vocoder
 from training.nano.dit import GEMMA, NanoTransformer, TransformerSizes
+from training.nano.export import ExportSettings, export
 from training.nano.prompts import TextSettings, write_tokenizer
 from training.nano.results import write_network
 
@@ -50,3 +54,17 @@ def write_transformer(folder: Path) -> NanoTransformer:
         torch.nn.init.normal_(parameter, std=0.05)
     network.save(folder)
     return network
+
+
+def write_exported(folder: Path, *loras: str) -> Path:
+    """All stages in ``folder``, exported; LoRAs, which change nothing, by the names of their stages."""
+    write_autoencoders(folder)
+    network = write_transformer(folder).transformer
+    lora = TrainableLora(network, ["to_q"], rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    for name in loras:
+        tensors = official_tensors(lora.updates())
+        save_file(tensors, folder / f"{name}.safetensors", official_metadata("LTX-2", {"steps": 1}))
+    (folder / "done").mkdir()
+    (folder / "done" / "vocoder.json").write_text('{"seconds": 3, "settings": {}}')
+    export(ExportSettings(), folder, "cpu")
+    return folder / "nano"

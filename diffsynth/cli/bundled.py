@@ -1,0 +1,48 @@
+"""``--model nano``: the files of the package and their settings, where nothing else was typed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from diffsynth import nano
+from diffsynth.errors import RequestError
+from diffsynth.nano.bundle import DISTILLED_LORA_STRENGTH
+
+
+def filled(context: typer.Context, model: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Option values of ``generate`` as ``--model`` completes them.
+
+    Args:
+        context: of the command; it knows what was typed.
+        model: what ``--model`` says; None changes nothing.
+        values: of the options, by parameter.
+
+    Raises:
+        RequestError: no such model, or a checkpoint as well.
+        CheckpointError: the files are not there.
+    """
+    if model is None:
+        return dict(values)
+    if model != nano.NAME:
+        raise RequestError(f"--model={model} is not known", hint=f"{nano.NAME}; other models by --checkpoint")
+    if values["checkpoint"]:
+        raise RequestError("--model and --checkpoint are both given", hint="one of them")
+    files, distilled = nano.files(), bool(values["use_distilled_pipeline"])
+    distilled_lora = f"{files.distilled_lora}={DISTILLED_LORA_STRENGTH}"
+    own: dict[str, Any] = {
+        "checkpoint": [str(files.checkpoint)],
+        "gemma": str(files.gemma),
+        "upsampler": str(files.upsampler),
+        # What is distilled has the LoRA in every stage.
+        "distilled_lora": None if distilled else distilled_lora,
+        **nano.settings(distilled=distilled),
+    }
+    untyped = {name: value for name, value in own.items() if not _typed(context, name)}
+    loras = [distilled_lora] if distilled else []
+    return {**values, **untyped, "lora": [*loras, *values["lora"]]}
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
