@@ -16,6 +16,7 @@ from diffsynth.vram.cache import FOLDER_VARIABLE
 from tests.cli.command import Here
 from tests.nano.untrained import write_exported
 from tests.pipelines.tiny import DEV, GEMMA, LORA, UPSCALER, load, write_ltx_2_3, write_upscaler
+from tests.standin.registration import register_once
 
 # Time limits of single examples fail on machines that are busy with something else.
 settings.register_profile("no deadline", deadline=None)
@@ -23,6 +24,9 @@ settings.load_profile("no deadline")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C; some of them press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Gradients run in a thread per device, and torch looks for devices when it computes the first gradient.
+register_once()
 
 GEMMA_ID = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 LTX_2_ID = "Lightricks/LTX-2"

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,7 @@ class TrainableLora:
         rank: int,
         alpha: float,
         generator: torch.Generator,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -60,22 +61,22 @@ class TrainableLora:
             rank: of every pair of factors.
             alpha: the product counts ``alpha / rank`` times.
             generator: on the CPU; draws ``down``.
+            device: of the factors; None: where each layer is.
 
         Raises:
             RequestError: a target that no layer answers to, or no targets.
         """
         network.requires_grad_(False)
-        linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
         self.layers: dict[str, LoraLayer] = {}
         self._handles = []
-        for name in _chosen(linears, targets):
-            base = linears[name]
+        for name, base in chosen_layers(network, targets).items():
             layer = LoraLayer(base.in_features, base.out_features, rank, alpha / rank)
             # As PEFT starts them: uniform with the bound 1 / sqrt(in).
             bound = 1 / math.sqrt(base.in_features)
             with torch.no_grad():
                 layer.down.copy_((torch.rand(layer.down.shape, generator=generator) * 2 - 1) * bound)
-            self.layers[name] = layer.to(base.weight.device)
+            wanted = base.weight.device if device is None else device
+            self.layers[name] = layer if layer.down.device == wanted else layer.to(wanted)
             self._handles.append(base.register_forward_hook(partial(_add, self.layers[name])))
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -107,8 +108,13 @@ def _add(layer: LoraLayer, base: nn.Module, inputs: tuple[Tensor, ...], output: 
     return output + layer(inputs[0])
 
 
-def _chosen(linears: Mapping[str, nn.Linear], targets: Sequence[str]) -> Iterator[str]:
-    """Names of the layers that the targets mean, in the order of the network."""
+def chosen_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that the targets mean, by name, in the order of the network.
+
+    Raises:
+        RequestError: a target that no layer answers to, or no targets.
+    """
+    linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     if not targets:
         raise RequestError("targets is empty", hint=f"targets={list(ATTENTION_TARGETS)}")
     for target in targets:
@@ -118,7 +124,7 @@ def _chosen(linears: Mapping[str, nn.Linear], targets: Sequence[str]) -> Iterato
             }
             near = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.3)
             raise RequestError(f"no linear layer is called {target!r}", hint=", ".join(near))
-    yield from (name for name in linears if any(_means(target, name) for target in targets))
+    return {name: m for name, m in linears.items() if any(_means(target, name) for target in targets)}
 
 
 def _means(target: str, name: str) -> bool:

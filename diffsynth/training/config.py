@@ -9,6 +9,7 @@ import torch
 
 from diffsynth.conditioning.tokens import VIDEO_SCALE
 from diffsynth.errors import RequestError
+from diffsynth.pipelines.limits import MemoryLimits
 from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.schedule import ScheduleConfig
 from diffsynth.training.sigmas import SigmaConfig
@@ -19,6 +20,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What the base computes in.  float16 is not among them: its gradients underflow."""
 
 LORA, FULL = "lora", "full"
+DEVICE, HOST = "device", "host"
+OPTIMIZERS = (ADAMW, ADAMW_8BIT) = "adamw", "adamw8bit"
 
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 
@@ -157,6 +160,7 @@ class TrainingSection:
     """The loop.
 
     Attributes:
+        optimizer: ``adamw``, or ``adamw8bit`` where bitsandbytes is installed.
         mode: ``lora``, or ``full`` for all weights of the transformer, which then are float32.
         steps: of the optimiser.
         batch_size: samples of equal shapes per pass.
@@ -171,6 +175,7 @@ class TrainingSection:
     """
 
     mode: str = LORA
+    optimizer: str = ADAMW
     steps: int = 2000
     batch_size: int = 1
     gradient_accumulation: int = 1
@@ -186,6 +191,8 @@ class TrainingSection:
         """Raise RequestError, naming the setting, for a value that cannot work."""
         if self.mode not in {LORA, FULL}:
             raise RequestError(f"mode={self.mode!r} is not known", hint=f"{LORA}, {FULL}")
+        if self.optimizer not in OPTIMIZERS:
+            raise RequestError(f"optimizer={self.optimizer!r} is not known", hint=", ".join(OPTIMIZERS))
         for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}={getattr(self, name)}", hint="1 or more")
@@ -198,6 +205,49 @@ class TrainingSection:
             raise RequestError(
                 f"betas={list(self.betas)}, ema_decay={self.ema_decay}", hint="numbers from 0 to below 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemorySection:
+    """What the training of an adapter may take.
+
+    With any of the first three, the blocks of the frozen base wait on the host and come to the device as they
+    are used, forward and backward.
+
+    Attributes:
+        vram_limit: GB of 2**30 bytes, "auto" (what is free now), or the name of a card such as "24gb".
+        host_limit: GB of host memory for the whole process; None: what is free now.
+        storage: format of the base: bf16, f16, f32, fp8, int8, int4, e4m3, e5m2; None: as for generation,
+            int8 or what the limit suggests.
+        activations: where the hidden states between the blocks wait for the way back, ``device`` or ``host``;
+            None: on the device, unless the memory manager finds that only the host has room.
+        cache: whether the converted base is kept on the disk.
+    """
+
+    vram_limit: float | str | None = None
+    host_limit: float | None = None
+    storage: str | None = None
+    activations: str | None = None
+    cache: bool = True
+
+    @property
+    def limits(self) -> MemoryLimits:
+        """As for a pipeline.  Raises RequestError for a value that cannot work."""
+        return MemoryLimits(
+            vram_limit=self.vram_limit, host_limit=self.host_limit, storage=self.storage, cache=self.cache
+        )
+
+    @property
+    def managed(self) -> bool:
+        """Whether the memory manager brings the base."""
+        return {self.vram_limit, self.host_limit, self.storage} != {None}
+
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        if self.activations not in (None, DEVICE, HOST):
+            raise RequestError(f"activations={self.activations!r} is not known", hint=f"{DEVICE}, {HOST}")
+        if self.managed:
+            self.limits.asks_for_management({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +285,7 @@ class TrainConfig:
     training: TrainingSection = field(default_factory=TrainingSection)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     validation: ValidationSection = field(default_factory=ValidationSection)
+    memory: MemorySection = field(default_factory=MemorySection)
 
     def check(self) -> None:
         """Make sure that every value can work, as far as that shows without any file.
@@ -252,6 +303,7 @@ class TrainConfig:
             "training": self.training.check,
             "schedule": lambda: self.schedule.check(self.training.steps),
             "validation": self.validation.check,
+            "memory": self.memory.check,
         }
         for section, check in checks.items():
             try:
@@ -266,6 +318,16 @@ class TrainConfig:
             raise RequestError(
                 "[strategy] audio_reference_probability without [data] audio_reference",
                 hint="audio_reference = true",
+            )
+        if self.memory.managed and self.training.mode == FULL:
+            raise RequestError(
+                f"[memory] with [training] mode={FULL!r}: only a frozen base comes block by block",
+                hint='mode = "lora"',
+            )
+        if (self.memory.managed or self.memory.activations) and not self.training.gradient_checkpointing:
+            raise RequestError(
+                "[memory] without gradient_checkpointing: all blocks would have to stay",
+                hint="gradient_checkpointing = true",
             )
         if self.training.mode == FULL and self.model.torch_dtype != torch.float32:
             raise RequestError(

@@ -18,7 +18,7 @@ QUARTERS = 4
 _QUARTER_NAMES = [f"{name}_loss_quarter_{q}" for name in (VIDEO, AUDIO) for q in range(1, QUARTERS + 1)]
 COLUMNS = (
     *("step", "loss", "video_loss", "audio_loss"),
-    *("learning_rate", "gradient_norm", "seconds"),
+    *("learning_rate", "gradient_norm", "seconds", "bytes_to_device"),
     *_QUARTER_NAMES,
 )
 

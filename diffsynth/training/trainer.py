@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.pipelines.assemble import MODEL_NAMES, open_models
 from diffsynth.pipelines.prompt_cache import digest_of
 from diffsynth.training.adapters import TrainableLora
+from diffsynth.training.base import Base, open_base
 from diffsynth.training.batches import BatchPlan, random_source
 from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.config import DTYPES, FULL, TrainConfig
 from diffsynth.training.metrics import LossMeans, open_metrics
+from diffsynth.training.optimiser import make_optimiser
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
@@ -94,19 +96,19 @@ def train(
     opened = open_models([ModelConfig.named(name) for name in config.model.checkpoint]).only(["dit"])
     files = [path for weights in opened.networks.values() for path in weights.files.paths]
     fingerprint = _fingerprint(config, entries, digest_of(files, ""))
-    parts = opened.load(device, config.model.torch_dtype).parts
-    parts.require(["dit"])
-    assert parts.dit is not None
-    if config.training.mode == FULL:
-        trained: Trained = TrainedModel(parts.dit, opened.networks[NetworkKind.TRANSFORMER])
-    else:
-        factor = _reference_factor(config, entries)
-        trained = TrainedLora(_adapter(config, parts.dit), MODEL_NAMES[opened.version], factor)
-    run = TrainingRun(config, parts.dit, trained, entries, fingerprint, validator)
-    if state is not None:
-        run.restore(TrainingState.load(state, fingerprint))
-    smaller = "gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
-    with out_of_memory_told(smaller, "training"):
+    base = open_base(config, opened, entries)
+    smaller = (
+        "[memory] vram_limit, gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
+    )
+    with out_of_memory_told(smaller, "training"), base.entered() as network:
+        if config.training.mode == FULL:
+            trained: Trained = TrainedModel(network, opened.networks[NetworkKind.TRANSFORMER])
+        else:
+            factor = _reference_factor(config, entries)
+            trained = TrainedLora(_adapter(config, network), MODEL_NAMES[opened.version], factor)
+        run = TrainingRun(config, base, network, trained, entries, fingerprint, validator)
+        if state is not None:
+            run.restore(TrainingState.load(state, fingerprint))
         return run.go(checkpoints, on_step, should_stop)
 
 
@@ -136,6 +138,7 @@ def _adapter(config: TrainConfig, network: LTX2Transformer) -> TrainableLora:
         rank=lora.rank,
         alpha=lora.rank if lora.alpha is None else lora.alpha,
         generator=random_source(config.training.seed, "adapter"),
+        device=resolve_device(config.model.device),
     )
 
 
@@ -145,6 +148,7 @@ class TrainingRun:
     def __init__(
         self,
         config: TrainConfig,
+        base: Base,
         network: LTX2Transformer,
         trained: Trained,
         entries: Sequence[SampleEntry],
@@ -153,6 +157,7 @@ class TrainingRun:
     ) -> None:
         self.config = config
         self.step = 0
+        self._base = base
         self._network = network
         self._trained = trained
         self._entries = entries
@@ -161,12 +166,7 @@ class TrainingRun:
         self._device = network.patchify_proj.weight.device
         training = config.training
         self.parameters = trained.parameters()
-        self._optimiser = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=training.learning_rate,
-            betas=training.betas,
-            weight_decay=training.weight_decay,
-        )
+        self._optimiser = make_optimiser(training, self.parameters.values())
         self._mean: dict[str, Tensor] = {}
         if training.ema_decay:
             self._mean = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -191,7 +191,7 @@ class TrainingRun:
         try:
             self._validate(should_stop)
             while self.step < steps:
-                with checkpointed_blocks(self._network, self.config.training.gradient_checkpointing):
+                with self._checkpointed():
                     values = self.advance()
                 for sink in metrics:
                     sink.write(self.step, values)
@@ -211,6 +211,10 @@ class TrainingRun:
             self._trained.detach()
         return self.save_results(checkpoints)
 
+    def _checkpointed(self) -> AbstractContextManager[None]:
+        enabled, base = self.config.training.gradient_checkpointing, self._base
+        return checkpointed_blocks(self._network, enabled, hold=base.hold, stash=base.stash)
+
     def advance(self) -> dict[str, float]:
         """One step of the optimiser.
 
@@ -222,7 +226,7 @@ class TrainingRun:
         rate = training.learning_rate * self.config.schedule.factor(self.step, training.steps)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        losses = LossMeans()
+        losses, moved = LossMeans(), self._base.traffic
         self._optimiser.zero_grad(set_to_none=True)
         for number in range(training.gradient_accumulation):
             self._accumulate(self.step * training.gradient_accumulation + number, losses)
@@ -238,11 +242,13 @@ class TrainingRun:
         self._update_mean()
         self.step += 1
         seconds = time.perf_counter() - begun_s
+        now = self._base.traffic
         return {
             **losses.means(),
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "seconds": seconds,
+            **({} if moved is None or now is None else {"bytes_to_device": (now - moved).bytes_to_device}),
         }
 
     def _accumulate(self, number: int, losses: LossMeans) -> None:

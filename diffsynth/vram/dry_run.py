@@ -61,7 +61,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def peak_bytes(run: Callable[..., Any], *arguments: Any) -> int:
+def peak_bytes(run: Callable[..., Any], *arguments: Any, gradients: bool = False) -> int:
     """The most bytes that a computation holds beside its weights.
 
     Args:
@@ -69,13 +69,14 @@ def peak_bytes(run: Callable[..., Any], *arguments: Any) -> int:
             must have been made without data (:func:`without_data`).
         arguments: its inputs as tensors of any device (only shape and dtype count, meta tensors will do), or
             containers of such; they count as held from start to end.
+        gradients: whether operations are recorded, so that ``run`` can go backward.
 
     Returns:
         Bytes of inputs, intermediates and outputs at the worst moment.
     """
     live = LiveBytes()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.inference_mode(), mode:
+    with torch.inference_mode(not gradients), torch.set_grad_enabled(gradients), mode:
         inputs = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), arguments)
         for leaf in tree_iter(inputs):
             if isinstance(leaf, Tensor):

@@ -118,10 +118,10 @@ class MixedSource(HostSource):
         """See :class:`BlockSource`; mapped, since such blocks are read at a few places only."""
         return self._file.mapped(name)
 
-    def start(self, names: Sequence[str], *, repeat: bool) -> None:
+    def start(self, names: Sequence[str], *, repeat: bool, again: int = 0) -> None:
         """See :class:`BlockSource`.  Only what is used over and over is kept in memory."""
         self._keep = self._in_ram.intersection(names) if repeat else frozenset()
-        super().start(names, repeat=repeat)
+        super().start(names, repeat=repeat, again=again)
 
     def poll(self, name: str) -> Tensor | None:
         """See :class:`BlockSource`."""

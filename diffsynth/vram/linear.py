@@ -7,7 +7,7 @@ replaced on the instance, for as long as the memory manager needs it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +123,10 @@ class LinearCall:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x W^T + b`` and the adapters; x (..., in), returns (..., out)."""
-        weight = self._tensors["weight"] if self.decode is None else self.decode(self.parts)
-        assert weight is not None
-        bias: Tensor | None = self._tensors["bias"]
-        if bias is not None and bias.dtype != weight.dtype:
-            bias = bias.to(weight.dtype)
-        output = functional.linear(x, weight, bias)
+        if self.decode is not None and torch.is_grad_enabled() and x.requires_grad:
+            output: Tensor = _DecodedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            output = self.product(x)
         if self.adapters:
             # The output is fresh, and the largest activation of a block: the updates are added in place.
             output = output.contiguous()
@@ -137,3 +135,34 @@ class LinearCall:
             for adapter in self.adapters:
                 adapter.add_to(rows, inputs)
         return output
+
+    def weight(self) -> Tensor:
+        """(out, in), decoded now if it needs that."""
+        weight = self._tensors["weight"] if self.decode is None else self.decode(self.parts)
+        assert weight is not None
+        return weight
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T + b``; x (..., in), returns (..., out)."""
+        weight = self.weight()
+        bias: Tensor | None = self._tensors["bias"]
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = bias.to(weight.dtype)
+        return functional.linear(x, weight, bias)
+
+
+class _DecodedProduct(torch.autograd.Function):
+    """The product of a :class:`LinearCall` with a gradient for the inputs; the weight has none.
+
+    The buffer that the weight was decoded into holds other weights by then, so backward decodes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: LinearCall) -> Tensor:
+        ctx.call = call
+        return call.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        return grad @ ctx.call.weight(), None

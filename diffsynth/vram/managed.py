@@ -35,10 +35,11 @@ class _Phase:
 
 
 class ManagedModule:
-    """See the module.  For one thread; the network runs without gradients.
+    """See the module.  For one thread.
 
-    Whole networks without blocks come and go with ``enter`` and ``exit``.  Linear layers stay the same
-    objects, and hooks on them work.
+    Gradients flow through the weights, which have none themselves; for its way back a block is in its place
+    as long as :meth:`hold` keeps it there.  Whole networks without blocks come and go with ``enter`` and
+    ``exit``.  Linear layers stay the same objects, and hooks on them work.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class ManagedModule:
         self._adapters = Adapters({}, {}, ())
         self._adapter_source: BlockSource | None = None
         self._phase: _Phase | None = None
+        self._held: str | None = None
         for name in blocks:
             submodule = module.get_submodule(name)
             submodule.__dict__["forward"] = _BlockCall(self, name, submodule.forward)
@@ -103,6 +105,7 @@ class ManagedModule:
         source: BlockSource | None = None,
         adapter_residents: Collection[str] = (),
         adapter_slots: int = 2,
+        back: bool = False,
     ) -> None:
         """Begin a phase: allocate everything it needs and load what is resident.
 
@@ -112,6 +115,7 @@ class ManagedModule:
             source: of the blocks from now on, with the same layouts; None: the one before.
             adapter_residents: blocks whose adapters stay on the device.
             adapter_slots: buffers for the adapters of the others.
+            back: every second traversal goes from the last block to the first.
 
         Raises:
             RuntimeError: a phase is on.
@@ -124,7 +128,7 @@ class ManagedModule:
         if source is not None:
             self._use_source(source)
         try:
-            self._enter(residents, slots, adapter_residents, adapter_slots)
+            self._enter(residents, slots, adapter_residents, adapter_slots, back)
         except BaseException as error:
             self.exit()
             clear_frames(error.__traceback__)  # whoever handles the error needs the memory now
@@ -160,6 +164,7 @@ class ManagedModule:
         slots: int,
         adapter_residents: Collection[str],
         adapter_slots: int,
+        back: bool,
     ) -> None:
         used = [*self._rest, *(self._blocks if slots else residents)]
         with torch.inference_mode(False):
@@ -174,6 +179,7 @@ class ManagedModule:
             slots=slots,
             residents={*residents, *self._rest},
             prepare=contents_of,
+            back=back,
         )
         self._phase = _Phase(decoder, streamer, frozenset(streamer.residents))
         for name in streamer.residents:
@@ -297,6 +303,17 @@ class ManagedModule:
         entries = [entry for name in names for _, entry, _ in self._bindings[name].decoded]
         return max((decoded_bytes(entry) for entry in entries), default=0)
 
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Within the ``with`` block the tensors of one block are in the module, however often it runs."""
+        self.begin_block(name)
+        self._held = name
+        try:
+            yield
+        finally:
+            self._held = None
+            self.end_block(name)
+
     # -- inside ---------------------------------------------------------------------------------------
 
     def begin_block(self, name: str) -> None:
@@ -304,6 +321,8 @@ class ManagedModule:
         phase = self._phase
         if phase is None:
             raise RuntimeError(f"{name} has no weights: enter() comes before the first use")
+        if name == self._held:
+            return
         contents = phase.streamer.acquire(name)
         if name not in phase.residents:
             self._bindings[name].bind(contents)
@@ -314,7 +333,7 @@ class ManagedModule:
     def end_block(self, name: str) -> None:
         """Take them out again: what the block computes has been issued."""
         phase = self._phase
-        if phase is None:
+        if phase is None or name == self._held:
             return
         if name not in phase.residents:
             self._bindings[name].unbind()

@@ -46,11 +46,12 @@ class _Job:
 
 
 class Order:
-    """Names in the order of use, once or over and over."""
+    """Names in the order of use, once or over and over; then those from number ``again`` on."""
 
-    def __init__(self, names: Sequence[str], *, repeat: bool) -> None:
+    def __init__(self, names: Sequence[str], *, repeat: bool, again: int = 0) -> None:
         self._names = tuple(names)
         self._repeat = repeat
+        self._again = again
         self._position = 0
 
     def __len__(self) -> int:
@@ -64,11 +65,13 @@ class Order:
         """Go on to the name after it."""
         self._position += 1
         if self._repeat and self._position == len(self._names):
-            self._position = 0
+            self._position = self._again
 
     def seek(self, name: str) -> None:
-        """Let ``name`` come next."""
-        self._position = self._names.index(name)
+        """Let ``name`` come next, from its nearest place onwards."""
+        order = range(len(self._names))
+        places = (*order[self._position :], *order[: self._position])
+        self._position = next(place for place in places if self._names[place] == name)
 
 
 class ReadAhead:

@@ -64,8 +64,11 @@ class BlockSource(Protocol):
         """
         ...
 
-    def start(self, names: Sequence[str], *, repeat: bool) -> None:
-        """State the order of use, once or over and over; reading ahead begins.  Implies :meth:`stop`."""
+    def start(self, names: Sequence[str], *, repeat: bool, again: int = 0) -> None:
+        """State the order of use, once or over and over; reading ahead begins.  Implies :meth:`stop`.
+
+        Over and over, the names from number ``again`` on follow the last; a name may come more than once.
+        """
         ...
 
     def poll(self, name: str) -> Tensor | None:
@@ -146,14 +149,14 @@ class HostSource(ABC):
         """See :class:`BlockSource`."""
         return self._layouts[name]
 
-    def start(self, names: Sequence[str], *, repeat: bool) -> None:
+    def start(self, names: Sequence[str], *, repeat: bool, again: int = 0) -> None:
         """See :class:`BlockSource`."""
         self.stop()
         sizes = {name: self._layouts[name].nbytes for name in names if not self._is_direct(name)}
         if sizes:
             self._ring = ReadAhead(
                 self._backend,
-                Order(names, repeat=repeat),
+                Order(names, repeat=repeat, again=again),
                 self._read_checked,
                 sizes,
                 buffers=self._ring_buffers if repeat else min(self._ring_buffers, len(sizes)),

@@ -2,9 +2,10 @@
 
 A slot is a device buffer that holds one block at a time.  While a block computes in one slot, a copy stream
 fills the others with the blocks that follow in the fixed cyclic order; the first blocks of the next traversal
-arrive while the last ones of this traversal compute.  Two marks guard each slot: computation waits until the
-slot is filled, and filling waits until the computation that reads it is done.  Both waits are the device's;
-the host waits only where the bytes have not yet come from the disk.
+arrive while the last ones of this traversal compute.  Where every second traversal goes back, as in training,
+the slots keep what they hold over each turn.  Two marks guard each slot: computation waits until the slot is
+filled, and filling waits until the computation that reads it is done.  Both waits are the device's; the host
+waits only where the bytes have not yet come from the disk.
 """
 
 from collections import deque
@@ -57,7 +58,7 @@ class _Slot(Generic[T]):
 
 
 class Streamer(Generic[T]):
-    """Brings blocks to the device in cyclic order.  For one thread and one compute stream.
+    """Brings blocks to the device in cyclic order, or there and back.  For one thread and one compute stream.
 
     ``with`` closes it.  All device memory is allocated when it is made.
     """
@@ -72,6 +73,7 @@ class Streamer(Generic[T]):
         residents: Collection[str] = (),
         prepare: Callable[[BlockLayout, Views], T],
         label: str = "block",
+        back: bool = False,
     ) -> None:
         """Allocate, load the residents and start to fill the slots.
 
@@ -87,6 +89,7 @@ class Streamer(Generic[T]):
                 buffer and structure.  Blocks whose entries agree in all but their names share what it makes,
                 so only the order of the entries counts.
             label: of the buffers, in diagnostics.
+            back: after the last block they come in reverse, from the last to the first, and so on.
 
         Raises:
             ValueError: ``slots`` is negative or ``residents`` are not among the blocks.
@@ -106,7 +109,7 @@ class Streamer(Generic[T]):
         self._disk_before = source.bytes_from_disk
         self._device_bytes = 0
         self._closed = False
-        self._arrange(blocks, slots, residents)
+        self._arrange(blocks, slots, residents, back)
         try:
             with torch.inference_mode(False):  # its tensors could not be written to outside of that mode
                 self._open(slots)
@@ -146,10 +149,8 @@ class Streamer(Generic[T]):
         """Operations that use the block have been issued: its slot may be filled again after them."""
         if name in self._resident or not self._queue or self._queue[0].name != name:
             return
-        slot = self._queue.popleft()
-        self._backend.record(slot.read, self._backend.compute_stream())
-        self._assign(slot, self._after[self._queue[-1].name if self._queue else name])
-        self._fill()
+        self._backend.record(self._queue[0].read, self._backend.compute_stream())
+        self._seek((self._position + 1) % len(self._course))
 
     @property
     def traffic(self) -> Traffic:
@@ -163,8 +164,10 @@ class Streamer(Generic[T]):
 
     @property
     def traversal_bytes(self) -> int:
-        """Bytes that one traversal brings to the device."""
-        return sum(self._nbytes[name] for name in self._streamed)
+        """Bytes that one traversal brings to the device; there and back, half of what both bring."""
+        if not self._back:
+            return sum(self._nbytes[name] for name in self._streamed)
+        return sum(self._nbytes[name] for name in self._fetches(len(self._queue))[len(self._queue) :]) // 2
 
     def close(self) -> None:
         """Wait for copies on their way, give all memory back and stop the source.  May be called twice."""
@@ -190,7 +193,7 @@ class Streamer(Generic[T]):
 
     # -- inside ---------------------------------------------------------------------------------------
 
-    def _arrange(self, blocks: Sequence[str], slots: int, residents: Collection[str]) -> None:
+    def _arrange(self, blocks: Sequence[str], slots: int, residents: Collection[str], back: bool) -> None:
         """Decide which blocks stay, and make the tables that streaming looks things up in."""
         unknown = set(residents) - set(blocks)
         if slots < 0 or unknown:
@@ -203,7 +206,9 @@ class Streamer(Generic[T]):
         """Blocks that stay, in the order of use."""
         self._first = blocks[0] if blocks else ""
         self._streamed = moving if slots else []
-        self._after = dict(zip(self._streamed, [*self._streamed[1:], *self._streamed[:1]], strict=True))
+        self._back = back
+        self._position = 0
+        self._course = _course(self._streamed, slots, back=back)
         layouts = {name: self._source.layout(name) for name in blocks}
         self._nbytes = {name: layout.nbytes for name, layout in layouts.items()}
         distinct: dict[Hashable, BlockLayout] = {}
@@ -225,10 +230,21 @@ class Streamer(Generic[T]):
         for nbytes in sorted({self._nbytes[name] for name in resident}, reverse=True):
             # Equal sizes together: the ring's buffers are as large as the largest block that passes.
             self._load({name: buffer for name, buffer in resident.items() if self._nbytes[name] == nbytes})
-        self._source.start(self._streamed, repeat=True)
+        fetches = self._fetches(slots)
+        self._source.start(fetches, repeat=True, again=slots if self._back else 0)
         for slot, name in zip(ring, self._streamed, strict=False):
-            self._assign(slot, name)
+            slot.name = name
+            self._queue.append(slot)
         self._fill()
+
+    def _fetches(self, slots: int) -> list[str]:
+        """Blocks in the order in which they are copied: the first filling, then a cycle.
+
+        There and back, what the slots hold at a turn is not copied again; the cycle comes after the filling.
+        """
+        if not self._back:
+            return self._streamed
+        return [*self._streamed, *reversed(self._streamed[: max(0, len(self._streamed) - slots)])]
 
     def _load(self, buffers: Mapping[str, Tensor]) -> None:
         """Bring some residents to the device, and wait for them."""
@@ -260,11 +276,6 @@ class Streamer(Generic[T]):
     def _contents(self, layout: BlockLayout, buffer: Tensor) -> T:
         return self._prepare(layout, layout.views(buffer, float8=self._backend.capabilities.float8_storage))
 
-    def _assign(self, slot: _Slot[T], name: str) -> None:
-        slot.name = name
-        slot.issued = False
-        self._queue.append(slot)
-
     def _fill(self) -> None:
         """Issue the copies whose bytes are there; the others follow when they are."""
         for slot in self._queue:
@@ -289,19 +300,41 @@ class Streamer(Generic[T]):
         self._traffic.bytes_to_device += self._nbytes[name]
 
     def _restart(self, name: str) -> None:
-        """Let ``name`` come next: slots with blocks that were passed over go to the end of the queue."""
-        if name not in self._after:
+        """Let ``name`` come next, where the course has it next: what is passed over is given up."""
+        if name not in self._nbytes or name in self._resident or not self._course:
             raise KeyError(f"block {name!r} is neither resident nor streamed")
-        passed = []
-        while self._queue and self._queue[0].name != name:
-            passed.append(self._queue.popleft())
-        following = self._after[self._queue[-1].name] if self._queue else name
-        for slot in passed:
+        for slot in self._queue:
             # Its last reader may have stopped in the middle, without a release.
             self._backend.record(slot.read, self._backend.compute_stream())
-            self._assign(slot, following)
-            following = self._after[following]
+        length = len(self._course)
+        places = ((self._position + i) % length for i in range(length))
+        self._seek(next(place for place in places if self._course[place][0] == name))
+
+    def _seek(self, position: int) -> None:
+        """Go on at a position of the course: slots without a block that comes soon get those that are
+        missing, and are filled."""
+        self._position = position
+        coming = self._course[position]
+        holding = {slot.name: slot for slot in self._queue}
+        free = [slot for slot in self._queue if slot.name not in coming]
+        self._queue.clear()
+        for name in coming:
+            slot = holding.get(name)
+            if slot is None:
+                slot = free.pop(0)
+                slot.name, slot.issued = name, False
+            self._queue.append(slot)
         self._fill()
+
+
+def _course(names: Sequence[str], slots: int, *, back: bool) -> list[tuple[str, ...]]:
+    """By position in a cycle the ``slots`` different blocks that are used next, the nearest first."""
+    order = [*names, *reversed(names)] if back else list(names)
+    course = []
+    for position in range(len(order)):
+        coming = dict.fromkeys(order[position:] + order[:position])
+        course.append(tuple(coming)[:slots])
+    return course
 
 
 def _structure(layout: BlockLayout) -> Hashable:

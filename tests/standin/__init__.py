@@ -30,7 +30,7 @@ Not modelled:
 * Time.  Nothing overlaps; only the order of effects is that of a device.
 * Memory inside one operation: convolution workspaces, intermediates of composite operations under
   ``torch.inference_mode`` (``einsum``, ``rms_norm``), fragmentation, rounding by the allocator.
-* Autograd, a random generator of the device (sampling there draws from the host's generator), ``set_``,
+* A random generator of the device (sampling there draws from the host's generator), ``set_``,
   ``record_stream``, several devices.
 * Reads of a host destination before its copy has arrived are not refused; they see NaN.
 * A page-locked source that is freed early: a pending copy keeps it alive here.

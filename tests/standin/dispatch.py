@@ -40,7 +40,7 @@ def _run(owner: StandIn, func: Any, args: Args, kwargs: Kwargs) -> Any:
     name = func.overloadpacket.__name__
     _check(owner, name, func, args, kwargs)
     outside = _stays_outside(func, args, kwargs)
-    _note_accesses(owner, name, func, args, kwargs)
+    note_accesses(owner, name, func, args, kwargs)
     if name in SYNCS or _has_boolean_index(name, args):
         owner.sync_compute()
     known: dict[int, StandInTensor] = {
@@ -80,7 +80,7 @@ def _check(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> 
         raise UnsupportedOnDeviceError(f"{name}: the device has no float8 arithmetic")
 
 
-def _note_accesses(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> None:
+def note_accesses(owner: StandIn, name: str, func: Any, args: Args, kwargs: Kwargs) -> None:
     """Check what the operation reads and writes against the copy streams.  A view does neither."""
     if name in VIEWS:
         return

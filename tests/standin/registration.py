@@ -60,14 +60,19 @@ def register_once() -> torch.library.Library:
         DEVICE_TYPE, backend_module=_Module(), hook=_Hooks()
     )
     from tests.standin.dispatch import dispatch
+    from tests.standin.gradients import call_whole
 
     def kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
         return dispatch(func, args, kwargs)
 
+    def whole(func: Any, *args: Any, **kwargs: Any) -> Any:
+        return call_whole(func, args, kwargs)
+
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-    for names, key in ((FACTORIES + CONVERSIONS, "PrivateUse1"), (WHOLE, "AutogradPrivateUse1")):
+    ways = ((FACTORIES + CONVERSIONS, "PrivateUse1", kernel), (WHOLE, "AutogradPrivateUse1", whole))
+    for names, key, way in ways:
         for full_name in names:
             name, _, overload = full_name.partition(".")
             func = getattr(getattr(torch.ops.aten, name), overload or "default")
-            library.impl(full_name, functools.partial(kernel, func), key)  # type: ignore[no-untyped-call]
+            library.impl(full_name, functools.partial(way, func), key)  # type: ignore[no-untyped-call]
     return library

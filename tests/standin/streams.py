@@ -227,6 +227,8 @@ class Scheduler:
         self.access(stream, touched, f"the copy of {label}")
         for earlier in self._overlapping(dst, src if host_source else None):
             self.deliver(earlier)
+        if not any(span.write for _, span, _ in touched):
+            self._overwrite_source(stream, dst, label)
         value = checksum(src) if host_source else None
         copy = PendingCopy(stream.number, stream.issued, stream.clock(), dst, src, label, value)
         stream.pending.append(copy)
@@ -240,6 +242,14 @@ class Scheduler:
             copy.check_source()
         exact = [c for c in same if c.src.data_ptr() == src.data_ptr() and c.src.nbytes == src.nbytes]
         self._arrived = [c for c in self._arrived if c not in exact]
+
+    def _overwrite_source(self, stream: StandInStream, dst: Tensor, label: str) -> None:
+        """A device may write where it has read, in the order of its streams, and the host need not know."""
+        for copy in [c for c in self._arrived if _overlap(c.src, dst)]:
+            copy.check_source()
+            if copy.number > stream.clock().get(copy.stream, 0):
+                raise HazardError(f"the copy of {label} overwrites the source of {copy.label}, unordered")
+            self._arrived.remove(copy)
 
     def _overlapping(self, dst: Tensor, host_source: Tensor | None) -> list[Clock]:
         """Clocks of pending copies that must be done before ``dst`` is poisoned or the source is summed.

@@ -393,3 +393,24 @@ def test_storages_cannot_be_exchanged(device: StandIn) -> None:
 def test_errors_of_the_stand_in_are_runtime_errors_as_on_devices() -> None:
     assert issubclass(HazardError, RuntimeError)
     assert issubclass(UnsupportedOnDeviceError, RuntimeError)
+
+
+def test_gradients_are_those_of_the_cpu() -> None:
+    random = torch.Generator().manual_seed(1)
+    given = [torch.randn(2, 4, 8, generator=random), torch.randn(8, 8, generator=random)]
+
+    def gradients(device: str) -> list[Tensor]:
+        x, weight = (t.detach().to(device).requires_grad_() for t in given)
+        q = functional.linear(x, weight).view(2, 4, 2, 4).transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        out = functional.rms_norm(mixed, (8,)) @ weight.t()
+        torch.autograd.backward(out.square().sum())
+        assert x.grad is not None
+        assert weight.grad is not None
+        return [x.grad.cpu(), weight.grad.cpu()]
+
+    wanted = gradients("cpu")
+    with StandIn():
+        found = gradients("standin")
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)

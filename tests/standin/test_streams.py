@@ -398,3 +398,23 @@ def test_copies_from_pageable_memory_are_counted(
     backend.copy_async(slot, torch.ones(16, dtype=torch.uint8), copy)
     assert device.counters.pageable_copies == 3
     backend.synchronize()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_device_may_overwrite_what_it_has_read_in_the_order_of_its_streams(
+    backend: Backend, ordered: bool
+) -> None:
+    copy, other = backend.copy_stream(), backend.copy_stream()
+    memory, target = host(backend, 1), slot_for(backend, copy)
+    source = backend.empty(16).fill_(2)
+    order(backend, backend.compute_stream(), copy)
+    order(backend, backend.compute_stream(), other)
+    backend.copy_async(target, memory, copy)
+    if ordered:
+        backend.copy_async(memory, source, copy)
+        backend.synchronize()
+        assert memory.tolist() == [2] * 16
+    else:
+        with pytest.raises(HazardError, match="overwrites the source"):
+            backend.copy_async(memory, source, other)
+        backend.synchronize()

@@ -16,8 +16,8 @@ PREFIX = "model.diffusion_model."
 CHANNELS, AUDIO_CHANNELS, MEL = 12, 3, 2
 
 
-def write_narrow(file: Path) -> Path:
-    """The transformer of the tiny set with other first and last layers."""
+def write_narrow(file: Path, blocks: int | None = None) -> Path:
+    """The transformer of the tiny set with other first and last layers, and ``blocks`` blocks if given."""
     config = sections()
     own = {k: v for k, v in tensors(DEV).items() if k.startswith(PREFIX) and "_connector." not in k}
     random = torch.Generator().manual_seed(3)
@@ -32,6 +32,15 @@ def write_narrow(file: Path) -> Path:
             f"{PREFIX}{stream}proj_out.weight": torch.randn(channels, width, generator=random) / 8,
             f"{PREFIX}{stream}proj_out.bias": torch.zeros(channels),
         }
+    if blocks is not None:
+        there = config["transformer"]["num_layers"]
+        config["transformer"]["num_layers"] = blocks
+        for number in range(there, blocks):
+            like = f"{PREFIX}transformer_blocks.{number % there}."
+            name = f"{PREFIX}transformer_blocks.{number}."
+            own |= {
+                key.replace(like, name): tensor.clone() for key, tensor in own.items() if key.startswith(like)
+            }
     return write_checkpoint(file, own, config)
 
 
