@@ -16,6 +16,7 @@ import typer
 from diffsynth.cli.app import app
 from diffsynth.cli.options import parse_request
 from diffsynth.cli.reference import BEGIN, END, reference
+from diffsynth.nano import bundle
 from diffsynth.pipelines.limits import VRAMPreset
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.rescue import FinalLatents
@@ -214,6 +215,7 @@ def named_files(tmp_path_factory: pytest.TempPathFactory, ltx_2_3: Path) -> Path
 def test_everything_that_is_shown_runs(
     page: Path,
     named_files: Path,
+    untrained_nano: Path,
     pipe: LTX2AudioVideoPipeline,
     downloaded: Path,
     here: Here,
@@ -222,6 +224,7 @@ def test_everything_that_is_shown_runs(
 ) -> None:
     """The commands and Python blocks of a page in their order, as ``docs/en/index.md`` says."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bundle, "WEIGHTS", untrained_nano)
     for file in named_files.iterdir():
         (tmp_path / file.name).symlink_to(file)
     shown = blocks(page.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from diffsynth import __version__
 from diffsynth.cli import machine, official
 from diffsynth.cli.bundled import filled
 from diffsynth.cli.cache import cache_app
+from diffsynth.cli.demo import demo
 from diffsynth.cli.options import parse_request, request_options
 from diffsynth.cli.plan import plan
 from diffsynth.cli.train import preprocess, train
@@ -164,6 +165,7 @@ def inspect(
     run(file, as_json=json)
 
 
+app.command()(demo)
 app.command()(plan)
 app.command()(preprocess)
 app.command()(train)

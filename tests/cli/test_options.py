@@ -17,7 +17,7 @@ from diffsynth.request import GenerateRequest, GuidanceParams
 from tests.cli.command import Here, environment, run
 
 OWN = {
-    *("output", "checkpoint", "gemma", "upsampler", "distilled_lora", "lora"),
+    *("output", "model", "checkpoint", "gemma", "upsampler", "distilled_lora", "lora"),
     *("device", "dtype", "vram_limit", "host_limit", "storage", "cache", "stats", "quiet"),
 }
 """Options that do not belong to the request: which models run, where, and what becomes of the result."""
@@ -70,7 +70,7 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
     )
     for given in (
         *(["--help"], ["--version"], ["cache", "list", "--help"]),
-        *([name, "--help"] for name in ("generate", "decode", "inspect", "plan", "cache")),
+        *([name, "--help"] for name in ("generate", "demo", "decode", "inspect", "plan", "cache")),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *given],
