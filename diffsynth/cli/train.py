@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from diffsynth.training.trainer import OnStep, TrainingStep
 
 logger = logging.getLogger(__name__)
+
+_ECHO_S = 5.0
 
 Config: TypeAlias = Annotated[Path, typer.Argument(help="TOML file with the settings: docs/training.md")]
 
@@ -55,10 +58,14 @@ def train(
 ) -> None:
     """Train a LoRA on encoded clips.
 
-    Ctrl-C saves the state, and --resume goes on from there.
+    Ctrl-C saves the state, and --resume goes on from there.  Several devices: torchrun --nproc-per-node N -m
+    diffsynth train CONFIG.
     """
     from diffsynth.training.config_file import read_config
     from diffsynth.training.trainer import train as run
+    from diffsynth.training.workers import process_number
+
+    quiet = quiet or process_number() > 0
 
     try:
         settings = read_config(config)
@@ -69,24 +76,34 @@ def train(
             "cancelled in the middle of a step",
             hint="--resume to go on from the last saved state",
         ) from error
-    logger.info("%s", adapter)
+    if process_number() == 0:
+        logger.info("%s", adapter)
 
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the ``with`` block the first Ctrl-C only asks to stop; a second one interrupts."""
-    asked = False
+    """Within the ``with`` block the first Ctrl-C only asks to stop; a second one interrupts.
+
+    torchrun passes every Ctrl-C on, which the terminal has sent already: shortly after the first it is the
+    same one.
+    """
+    from diffsynth.training.workers import process_count
+
+    asked_s: float | None = None
+    echo_s = _ECHO_S if process_count() > 1 else 0.0
 
     def ask(_: int, __: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal asked_s
+        now_s = time.monotonic()
+        if asked_s is None:
+            asked_s = now_s
+            logger.warning("the run is saved after this step; Ctrl-C once more ends it at once")
+        elif now_s - asked_s >= echo_s:
             raise KeyboardInterrupt
-        asked = True
-        logger.warning("the run is saved after this step; Ctrl-C once more ends it at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield lambda: asked
+        yield lambda: asked_s is not None
     finally:
         signal.signal(signal.SIGINT, before)
 

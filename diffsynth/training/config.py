@@ -164,7 +164,7 @@ class TrainingSection:
         mode: ``lora``, or ``full`` for all weights of the transformer, which then are float32.
         steps: of the optimiser.
         batch_size: samples of equal shapes per pass.
-        gradient_accumulation: passes per step.
+        gradient_accumulation: passes per step, those of all processes together.
         learning_rate: the highest.
         weight_decay: of AdamW.
         betas: of AdamW.

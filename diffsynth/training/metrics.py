@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,15 @@ class LossMeans:
             for value, sigma in zip(pair[0].tolist(), pair[1].tolist(), strict=True):
                 quarter = min(int(sigma * QUARTERS), QUARTERS - 1) + 1
                 self._values[f"{name}_loss_quarter_{quarter}"].append(value)
+
+    @classmethod
+    def merged(cls, others: Iterable["LossMeans"]) -> "LossMeans":
+        """Over the passes of all."""
+        merged = cls()
+        for other in others:
+            for name, values in other._values.items():
+                merged._values[name] += values
+        return merged
 
     def means(self) -> dict[str, float]:
         """By column; only those that something was added to."""

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
 from diffsynth.training.strategy import Strategy, check_samples, reference_factor
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 from diffsynth.training.validation import Validator
+from diffsynth.training.workers import Workers, joined
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,26 @@ def train(
         DiffSynthError: the loss is not a finite number any more.
     """
     config.check()
+    with joined(config.model.device) as (workers, device):
+        workers.check(config.training.gradient_accumulation)
+        config = replace(config, model=replace(config.model, device=str(device)))
+        return _train(config, workers, resume, on_step, should_stop)
+
+
+def _train(
+    config: TrainConfig,
+    workers: Workers,
+    resume: bool,
+    on_step: OnStep,
+    should_stop: Callable[[], bool],
+) -> Path:
+    """See :func:`train`; the configuration names the device of this process."""
+    device = resolve_device(config.model.device)
     entries = read_index(config.data.folder)
     check_samples(config.strategy, entries)
     checkpoints = Checkpoints(config.output.folder)
-    state = checkpoints.start(resume=resume)
-    device = resolve_device(config.model.device)
-    validator = Validator(config, device) if config.validation.clips else None
+    state = checkpoints.start(resume=resume) if workers.first or resume else None
+    validator = Validator(config, device) if config.validation.clips and workers.first else None
     opened = open_models([ModelConfig.named(name) for name in config.model.checkpoint]).only(["dit"])
     files = [path for weights in opened.networks.values() for path in weights.files.paths]
     fingerprint = _fingerprint(config, entries, digest_of(files, ""))
@@ -106,7 +121,7 @@ def train(
         else:
             factor = _reference_factor(config, entries)
             trained = TrainedLora(_adapter(config, network), MODEL_NAMES[opened.version], factor)
-        run = TrainingRun(config, base, network, trained, entries, fingerprint, validator)
+        run = TrainingRun(config, base, network, trained, entries, fingerprint, workers, validator)
         if state is not None:
             run.restore(TrainingState.load(state, fingerprint))
         return run.go(checkpoints, on_step, should_stop)
@@ -153,6 +168,7 @@ class TrainingRun:
         trained: Trained,
         entries: Sequence[SampleEntry],
         fingerprint: Fingerprint,
+        workers: Workers,
         validator: Validator | None = None,
     ) -> None:
         self.config = config
@@ -162,6 +178,7 @@ class TrainingRun:
         self._trained = trained
         self._entries = entries
         self._fingerprint = fingerprint
+        self._workers = workers
         self._validator = validator
         self._device = network.patchify_proj.weight.device
         training = config.training
@@ -186,7 +203,7 @@ class TrainingRun:
     def go(self, checkpoints: Checkpoints, on_step: OnStep, should_stop: Callable[[], bool]) -> Path:
         """Run to the last step; see :func:`train`."""
         steps, output = self.config.training.steps, self.config.output
-        metrics = open_metrics(output.folder, self.step)
+        metrics = open_metrics(output.folder, self.step) if self._workers.first else []
         on_step(TrainingStep(step=self.step, steps=steps, values={}))
         try:
             self._validate(should_stop)
@@ -199,8 +216,9 @@ class TrainingRun:
                 if self.step % output.save_every == 0 or self.step == steps:
                     self.save(checkpoints)
                 self._validate(should_stop)
-                if self.step < steps and should_stop():
+                if self.step < steps and self._workers.any(should_stop()):
                     self.save(checkpoints)
+                    self._workers.any(False)  # nobody ends before the file is whole
                     raise Cancelled(
                         f"stopped after step {self.step} of {steps}, saved in {checkpoints.folder}",
                         hint="the same command with --resume to go on",
@@ -228,8 +246,10 @@ class TrainingRun:
             group["lr"] = rate
         losses, moved = LossMeans(), self._base.traffic
         self._optimiser.zero_grad(set_to_none=True)
-        for number in range(training.gradient_accumulation):
+        for number in self._workers.share(training.gradient_accumulation):
             self._accumulate(self.step * training.gradient_accumulation + number, losses)
+        self._workers.add_gradients(list(self.parameters.values()))
+        losses = LossMeans.merged(self._workers.gathered(losses))
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), training.max_grad_norm or float("inf")
         )
@@ -294,7 +314,7 @@ class TrainingRun:
 
         What is there already is left alone.
         """
-        if checkpoints.state(self.step).exists():
+        if not self._workers.first or checkpoints.state(self.step).exists():
             return
         state = TrainingState.of(self.step, self.parameters, self._optimiser, self._mean)
         state.save(checkpoints.state(self.step), self._fingerprint)
@@ -304,10 +324,12 @@ class TrainingRun:
     def save_results(self, checkpoints: Checkpoints) -> Path:
         """Write what is not there yet of the result of this step and of the mean.
 
-        Returns: the result.
+        Returns: the result, which the first process writes.
         """
         name, values = self._trained.name, {n: p.detach() for n, p in self.parameters.items()}
         path = checkpoints.result(name, self.step)
+        if not self._workers.first:
+            return path
         self._write(path, values)
         if self._mean:
             self._write(checkpoints.result(name, self.step, mean=True), self._mean)
