@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -47,6 +47,11 @@ class Base(Protocol):
 
     def entered(self) -> AbstractContextManager[LTX2Transformer]:
         """Within the ``with`` block the network computes."""
+        ...
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside of :meth:`entered`: a memory manager gives its device memory back for the ``with`` block, in
+        which the network cannot compute."""
         ...
 
 
@@ -99,6 +104,10 @@ class ResidentBase:
     def hold(self, name: str) -> AbstractContextManager[None]:
         """See :class:`Base`."""
         return no_hold(name)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """See :class:`Base`: the weights stay."""
+        return nullcontext()
 
     @contextmanager
     def entered(self) -> Iterator[LTX2Transformer]:
@@ -181,13 +190,34 @@ class StreamedBase:
         blocks = tuple(layouts.blocks)
         self._managed = ManagedModule(self.network, source, self._backend, blocks=blocks)
         try:
-            with self._managed.active(residents=self.plan.residents, slots=self.plan.slots, back=True):
+            with self._managed.active(**self._phase):
                 yield self.network
         finally:
             self._told_peak()
             if self.stash is not None:
                 self.stash.close()
             self._weights.close()
+
+    @property
+    def _phase(self) -> dict[str, Any]:
+        return {"residents": self.plan.residents, "slots": self.plan.slots, "back": True}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """See :class:`Base`.
+
+        Raises:
+            torch.OutOfMemoryError: or what the backend raises when the memory is not to be had again.
+        """
+        assert self._managed is not None
+        self._managed.exit()
+        self._backend.empty_cache()
+        try:
+            yield
+        finally:
+            self._backend.empty_cache()
+            with torch.inference_mode(False):  # the next step records through these weights
+                self._managed.enter(**self._phase)
 
     def hold(self, name: str) -> AbstractContextManager[None]:
         """See :data:`~diffsynth.training.checkpointing.Hold`."""
@@ -202,7 +232,7 @@ class StreamedBase:
 
     @property
     def traffic(self) -> Traffic:
-        """What moved so far."""
+        """What moved so far, since the base was set aside last."""
         return Traffic() if self._managed is None else self._managed.traffic
 
     @property

@@ -293,7 +293,9 @@ class TrainingRun:
             return
         record = {"output": self.config.output.folder.name, "mean": bool(self._mean)}
         with self._mean_in_place():
-            self._validator.run(self._network, self.step, record=record, should_stop=should_stop)
+            self._validator.run(
+                self._network, self.step, record=record, should_stop=should_stop, aside=self._base.aside
+            )
 
     @contextmanager
     def _mean_in_place(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ other network is read for a round, lies on the device for its phase alone, and i
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
 logger = logging.getLogger(__name__)
 
 FOLDER = "validation"
+
+Aside = Callable[[], AbstractContextManager[None]]
 
 
 class Validator:
@@ -81,6 +83,7 @@ class Validator:
         *,
         record: Mapping[str, object],
         should_stop: Callable[[], bool],
+        aside: Aside = nullcontext,
     ) -> None:
         """Make what is missing after a step; a round that is stopped leaves the clips that are whole.
 
@@ -88,6 +91,8 @@ class Validator:
             network: on the device, with the adapter or the weights as they are to be used.
             record: what is being trained, for the metadata.
             should_stop: asked after every step of denoising and of the phases.
+            aside: of the base, see :class:`~diffsynth.training.base.Base`; entered for the phases in which
+                other networks compute.
 
         Raises:
             OutputError: the folder cannot be written to.
@@ -103,7 +108,7 @@ class Validator:
                 raise Cancelled("the round is stopped", hint="--resume")
 
         smaller = "fewer frames, or a smaller width and height in [validation]"
-        with out_of_memory_told(smaller, "validation"), self._pipeline(network) as pipe:
+        with out_of_memory_told(smaller, "validation"), self._pipeline(network, aside) as pipe:
             for path, request in missing.items():
                 logger.info("validation after step %d: %s", step, path.name)
                 try:
@@ -114,12 +119,12 @@ class Validator:
                 _write(result, path)
 
     @contextmanager
-    def _pipeline(self, network: LTX2Transformer) -> Iterator[LTX2AudioVideoPipeline]:
+    def _pipeline(self, network: LTX2Transformer, aside: Aside) -> Iterator[LTX2AudioVideoPipeline]:
         """The network with all others that the clips need, for as long as the ``with`` block lasts."""
         outline, device = self._outline, self._outline.parts.device
         others = self._opened.only(self._needed()).load(torch.device("cpu"), outline.parts.dtype).parts
         modules = {name: getattr(others, name) for name in self._needed()}
-        memory = _InTurns(modules, device)
+        memory = _InTurns(modules, device, aside)
         parts = replace(outline.parts, dit=network, memory=memory, **modules)
         try:
             yield LTX2AudioVideoPipeline(Assembly(parts=parts, sources=outline.sources))
@@ -145,22 +150,27 @@ class Validator:
 class _InTurns(AllOnDevice):
     """Networks that wait on the host and are on the device for their phase alone."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, aside: Aside) -> None:
         self._modules = dict(modules)
         self._device = device
+        self._aside = aside
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseRun]:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
         own = [self._modules[part] for part in parts_of_phase(name) if part in self._modules]
-        try:
-            for module in own:
-                module.to(self._device)
+        if not own:  # the transformer's own phase
             yield PhaseRun()
-        finally:
-            for module in own:
-                module.to("cpu")
-            backend_for(self._device).empty_cache()
+            return
+        with self._aside():
+            try:
+                for module in own:
+                    module.to(self._device)
+                yield PhaseRun()
+            finally:
+                for module in own:
+                    module.to("cpu")
+                backend_for(self._device).empty_cache()
 
     def forget(self) -> None:
         """Let go of all networks."""

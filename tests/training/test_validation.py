@@ -5,18 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffsynth.device import resolve_device
 from diffsynth.errors import Cancelled, CheckpointError, RequestError
+from diffsynth.loader import ModelConfig
 from diffsynth.models.ltx2.video_vae import VideoDecoder
+from diffsynth.pipelines.assemble import open_models
+from diffsynth.training.base import open_base
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
+from diffsynth.training.samples import read_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
 from diffsynth.training.validation import Validator
 from diffsynth.utils.media_io_ltx2 import read_request, read_video, write_video_audio_ltx2
-from tests.pipelines.tiny import PICTURES, load
+from tests.pipelines.tiny import DEV, GEMMA, PICTURES, load
+from tests.standin import StandIn
 from tests.training.clips import write_clip, write_config, write_data_set
 from tests.training.test_trainer import equal
 
@@ -141,6 +147,30 @@ def test_memory_is_given_back(folder: Path) -> None:
     assert decoders() == before + 1, "its outline"
     validator.run(network, 0, record={}, should_stop=lambda: False)
     assert decoders() == before + 1
+
+
+def test_streamed_base_makes_room_and_comes_back(folder: Path) -> None:
+    """On a device of its own: blocks that come and go give the clip of weights that stay, and no bit of the
+    run changes."""
+    model = f'checkpoint = "{DEV}"\ngemma = "{GEMMA}"\ndevice = "standin"\ndtype = "float32"'
+    how = {"model": model, "memory": 'storage = "f32"', "training": "steps = 2\nlearning_rate = 1e-2"}
+    with StandIn() as device:
+        plain = load_file(train(configured(folder, "plain", validation=SMALL, **how)))
+        shown = configured(folder, "shown", **how)
+        opened = open_models([ModelConfig(path=DEV)]).only(["dit"])
+        base = open_base(shown, opened, read_index(shown.data.folder))
+        with base.entered():
+            held = device.current_bytes
+            with base.aside():
+                assert device.current_bytes == 0
+            assert device.current_bytes == held > 0
+        again = load_file(train(shown))
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    resident = configured(folder, "resident", training=how["training"])
+    train(resident)
+    assert files(shown) == files(resident)
+    for name in files(shown):
+        assert difference(shown, name, resident, name) < 0.5
 
 
 def test_mistakes_are_named_before_any_step(folder: Path) -> None:
