@@ -16,6 +16,7 @@ from diffsynth.training.validation_config import ValidationClip
 from diffsynth.validation import check_types, freeze
 
 _HEADER = re.compile(r"\s*\[\[?\s*([^\]]+?)\s*\]")
+_SETTING = re.compile(r"\[(\w+)\](?:[^=]*?(\w+)=)?")
 _KEY = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*[.=]""")
 
 ConfigT = TypeVar("ConfigT")
@@ -52,7 +53,8 @@ def read_config(path: str | Path) -> TrainConfig:
     try:
         config.check()
     except RequestError as error:
-        raise RequestError(f"{path}: {error.message}", hint=error.hint) from error
+        section, key = _named(error.message)
+        raise file.error(section, key, error.message, error.hint) from error
     return config
 
 
@@ -141,6 +143,12 @@ def _lines(text: str) -> dict[tuple[str, str | None], int]:
         elif key := _KEY.match(line):
             found.setdefault((section or key[1], key[1] if section else None), number)
     return found
+
+
+def _named(message: str) -> tuple[str, str | None]:
+    """Section and key of ``[section] ... key=value ...``; None without a key."""
+    found = _SETTING.match(message)
+    return (found[1], found[2]) if found else ("", None)
 
 
 def _near(name: str, known: Collection[str]) -> str:

@@ -80,7 +80,12 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
             r"run.toml:11: unknown key 'video_mask'.*video_masks$",
         ),
         ({"output": "folder = 3"}, r"run.toml:13: folder=3 is no path"),
-        ({"training": "steps = 0"}, r"\[training\] steps=0"),
+        ({"training": "steps = 0"}, r"run.toml:18: \[training\] steps=0"),
+        ({"validation": "\nevery = 0"}, r"run.toml:19: \[validation\] every=0"),
+        (
+            {"validation": 'fps = 0.0\n[[validation.clips]]\nprompt = "a"'},
+            r"run.toml:17: \[validation\] frame_rate=0.0",
+        ),
         ({"training": 'mode = "loar"'}, r"\[training\] mode='loar'"),
         (
             {
