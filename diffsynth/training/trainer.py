@@ -208,8 +208,7 @@ class TrainingRun:
         try:
             self._validate(should_stop)
             while self.step < steps:
-                with self._checkpointed():
-                    values = self.advance()
+                values = self.advance()
                 for sink in metrics:
                     sink.write(self.step, values)
                 on_step(TrainingStep(step=self.step, steps=steps, values=values))
@@ -246,8 +245,9 @@ class TrainingRun:
             group["lr"] = rate
         losses, moved = LossMeans(), self._base.traffic
         self._optimiser.zero_grad(set_to_none=True)
-        for number in self._workers.share(training.gradient_accumulation):
-            self._accumulate(self.step * training.gradient_accumulation + number, losses)
+        with self._checkpointed():
+            for number in self._workers.share(training.gradient_accumulation):
+                self._accumulate(self.step * training.gradient_accumulation + number, losses)
         self._workers.add_gradients(list(self.parameters.values()))
         losses = LossMeans.merged(self._workers.gathered(losses))
         norm = torch.nn.utils.clip_grad_norm_(
