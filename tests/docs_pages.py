@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,6 +20,8 @@ from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
 from tests.cli.command import ROOT, Here
 from tests.pipelines.float8 import write_float8
 from tests.pipelines.tiny import DEV, GEMMA, LORA, PICTURES, UPSCALER, tensors, write_upscaler
+from training.nano import dataset
+from training.nano.__main__ import Stage
 
 EN, ZH = ROOT / "docs" / "en", ROOT / "docs" / "zh"
 README, README_ZH = ROOT / "README.md", ROOT / "README_zh.md"
@@ -44,6 +47,18 @@ SMALL_PYTHON: Mapping[str, str] = {
 }
 """The same for Python, as regular expressions."""
 
+CLIPS = ("--count", "2")
+"""How many are drawn, whatever a command says."""
+SMALL_TRAINING: Mapping[str, str] = {
+    r"^steps = \d+": "steps = 2",
+    r"^batch_size = \d+": "batch_size = 1",
+    r"^buckets = .*": f'buckets = ["{SIZE_PX}x{SIZE_PX}x25"]',
+    r"^\[model\]": '[model]\ndevice = "cpu"',
+}
+"""The same for the settings of a training."""
+LAST_STEP = (r"_step_\d{5}\b", "_step_00002")
+"""In names of what it leaves."""
+
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """Language and content of every code block."""
@@ -66,6 +81,7 @@ def small(words: list[str], options: str) -> list[str]:
         options: the help of the command; one that has no device computes nothing and is left alone.
     """
     known = set(re.findall(r"--[\w-]+", options))
+    words = [re.sub(*LAST_STEP, word) for word in words]
     if "--device" not in known:
         return words
     kept: list[str] = []
@@ -95,7 +111,8 @@ class Shell:
             "make": _is_target,
             "pip": _is_installable,
             "hf": _is_released,
-            "python": _is_example,
+            "python": _is_example_or_clips,
+            "cp": _copied,
         }
 
     def __call__(self, words: list[str]) -> None:
@@ -125,9 +142,27 @@ def _is_released(words: list[str]) -> bool:
     return command == "download" and set(file) <= set(repositories[repository])
 
 
-def _is_example(words: list[str]) -> bool:
-    """Those run in ``tests/examples``."""
+def _is_example_or_clips(words: list[str]) -> bool:
+    """Examples run in ``tests/examples``; clips are drawn."""
+    if words[:2] == ["-m", "training.nano.dataset"]:
+        app = typer.Typer()
+        app.command()(dataset.main)
+        typer.main.get_command(app)([*words[2:], *CLIPS], standalone_mode=False)
+        return True
+    if words[:2] == ["-m", "training.nano"]:
+        return words[2] in list(Stage)
     return words[0].startswith("examples/") and (ROOT / words[0]).is_file()
+
+
+def _copied(words: list[str]) -> bool:
+    """A file of the repository goes into the working folder; that of a training with few steps."""
+    source, target = words
+    text = (ROOT / source).read_text(encoding="utf-8")
+    for pattern, new in SMALL_TRAINING.items():
+        text, count = re.subn(pattern, new, text, flags=re.MULTILINE)
+        assert count == 1, pattern
+    Path(target).write_text(text, encoding="utf-8")
+    return True
 
 
 def released() -> list[dict[str, list[dict[str, object]]]]:

@@ -1,5 +1,6 @@
 """``--model nano``: the files of the package and their settings, where nothing else was typed."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import typer
 from diffsynth import nano
 from diffsynth.errors import RequestError
 from diffsynth.nano.bundle import DISTILLED_LORA_STRENGTH
+from diffsynth.nano.world import FRAMED
 
 
 def filled(context: typer.Context, model: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,7 +18,7 @@ def filled(context: typer.Context, model: str | None, values: Mapping[str, Any])
     Args:
         context: of the command; it knows what was typed.
         model: what ``--model`` says; None changes nothing.
-        values: of the options, by parameter.
+        values: of the options, by parameter.  A LoRA named ``framed`` is that of the package.
 
     Raises:
         RequestError: no such model, or a checkpoint as well.
@@ -39,8 +41,8 @@ def filled(context: typer.Context, model: str | None, values: Mapping[str, Any])
         **nano.settings(distilled=distilled),
     }
     untyped = {name: value for name, value in own.items() if not _typed(context, name)}
-    loras = [distilled_lora] if distilled else []
-    return {**values, **untyped, "lora": [*loras, *values["lora"]]}
+    loras = [re.sub(rf"^{FRAMED}(?==|$)", lambda _: str(files.framed_lora), lora) for lora in values["lora"]]
+    return {**values, **untyped, "lora": [distilled_lora, *loras] if distilled else loras}
 
 
 def _typed(context: typer.Context, name: str) -> bool:

@@ -57,9 +57,10 @@ def test_a_mode_has_its_files_and_settings(here: Here, tmp_path: Path, mode: str
 
 
 def test_own_loras_come_after(here: Here, tmp_path: Path, weights: Path) -> None:
-    lora = f"{weights / 'nano-framed-lora.safetensors'}=0.5"
-    record = generate(here, tmp_path, "--distilled", "--frames", "9", "--lora", lora)
-    assert list(record["loras"].items()) == [(LORA, 1.0), ("nano-framed-lora.safetensors", 0.5)]  # type: ignore[attr-defined]
+    file = weights / "nano-framed-lora.safetensors"
+    typed = ("--distilled", "--frames", "9", "--lora", f"{file}=0.5", "--lora", "framed=0.25")
+    record = generate(here, tmp_path, *typed)
+    assert list(record["loras"].items()) == [(LORA, 1.0), (file.name, 0.5), (f"{file.name} (2)", 0.25)]  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_is_said(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

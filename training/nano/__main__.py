@@ -33,6 +33,7 @@ class Stage(StrEnum):
     LATENTS = "latents"
     TRANSFORMER = "transformer"
     DISTILL = "distill"
+    STYLE = "style"
     EXPORT = "export"
     ALL = "all"
 
@@ -45,6 +46,7 @@ _WORK = {
     Stage.LATENTS: "latents:encode",
     Stage.TRANSFORMER: "transformer:train",
     Stage.DISTILL: "distill:train",
+    Stage.STYLE: "style:train",
     Stage.EXPORT: "export:export",
 }
 """Module and function of a stage; it takes the settings, whose class stands in its signature, the folder and
