@@ -12,7 +12,7 @@ from diffsynth.training.config_file import read_config
 from tests.cli.command import Here
 
 FOLDER = Path(__file__).parents[2] / "examples" / "ltx2" / "model_training"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+NAMES = sorted(path.stem for path in FOLDER.glob("LTX-*.toml"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 SMALL = ("--steps=2", "--bucket=64x64x25", "--validation-steps=2", "--device=cpu", "--dtype=float32")
 

@@ -62,7 +62,7 @@ def adjusted(config: TrainConfig, asked: argparse.Namespace) -> TrainConfig:
 
 def options() -> argparse.Namespace:
     """Of the command line."""
-    names = sorted(path.stem for path in HERE.glob("*.toml"))
+    names = sorted(path.stem for path in HERE.glob("LTX-*.toml"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
