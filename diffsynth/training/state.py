@@ -17,7 +17,8 @@ from diffsynth.utils.files import make_folder
 FORMAT = "diffsynth training state 1"
 FOLDER = "checkpoints"
 _STATE = re.compile(r"training_state_step_(\d+)\.safetensors")
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_PARAMETER, _MEAN = "parameter", "mean"
+_STEP = "step"
 
 Fingerprint = Mapping[str, Any]
 """Everything that decides the bits of a run, ready for JSON."""
@@ -32,8 +33,8 @@ class TrainingState:
     Attributes:
         step: steps that are done.
         parameters: what is trained, float32.
-        optimiser: by name of the parameter AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq``; parameters that
-            never had a gradient have none.
+        optimiser: by name of the parameter what the optimiser keeps of it, such as ``step``, ``exp_avg`` and
+            ``exp_avg_sq``; parameters that never had a gradient have none.
         mean: the running mean of the parameters; empty without one.
     """
 
@@ -55,7 +56,7 @@ class TrainingState:
             step=step,
             parameters={name: parameter.detach() for name, parameter in parameters.items()},
             optimiser={
-                name: {key: optimiser.state[parameter][key] for key in _ADAM}
+                name: {key: torch.as_tensor(value) for key, value in optimiser.state[parameter].items()}
                 for name, parameter in parameters.items()
                 if optimiser.state.get(parameter)
             },
@@ -68,11 +69,16 @@ class TrainingState:
         Raises:
             OutputError: the folder is not writable or the disk is full.
         """
-        tensors = {f"parameter:{name}": tensor for name, tensor in self.parameters.items()}
-        tensors |= {f"mean:{name}": tensor for name, tensor in self.mean.items()}
+        tensors = {f"{_PARAMETER}:{name}": tensor for name, tensor in self.parameters.items()}
+        tensors |= {f"{_MEAN}:{name}": tensor for name, tensor in self.mean.items()}
         for name, values in self.optimiser.items():
             tensors |= {f"{key}:{name}": tensor for key, tensor in values.items()}
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        stored, seen = {}, set[int]()
+        for name, tensor in tensors.items():
+            content = tensor.detach().cpu().contiguous()
+            shared = content.data_ptr() in seen  # such as the table that 8-bit states are read by
+            seen.add(content.data_ptr())
+            stored[name] = content.clone() if shared else content
         metadata = {"format": FORMAT, "step": str(self.step), "fingerprint": json.dumps(fingerprint)}
         save_tensors(path, stored, metadata)
 
@@ -91,15 +97,19 @@ class TrainingState:
                 f"{path.name} belongs to a run with other settings: {', '.join(differing)}",
                 hint="the settings of that run, or another [output] folder",
             )
-        parts: dict[str, dict[str, Tensor]] = {key: {} for key in ("parameter", "mean", *_ADAM)}
+        parts: dict[str, dict[str, Tensor]] = {_PARAMETER: {}, _MEAN: {}}
+        optimiser: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
-            parts[kind][name] = tensor
+            if kind in parts:
+                parts[kind][name] = tensor
+            else:
+                optimiser.setdefault(name, {})[kind] = tensor
         return cls(
             step=int(metadata["step"]),
-            parameters=parts["parameter"],
-            optimiser={name: {key: parts[key][name] for key in _ADAM} for name in parts["step"]},
-            mean=parts["mean"],
+            parameters=parts[_PARAMETER],
+            optimiser=optimiser,
+            mean=parts[_MEAN],
         )
 
     def restore(
@@ -119,9 +129,8 @@ class TrainingState:
             for name, parameter in parameters.items():
                 parameter.copy_(self.parameters[name])
                 if name in self.optimiser:
-                    # AdamW keeps its count of steps on the host.
                     optimiser.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device)
+                        key: _restored(key, value, parameter.device)
                         for key, value in self.optimiser[name].items()
                     }
             for name, value in mean.items():
@@ -176,6 +185,13 @@ class Checkpoints:
         for earlier, path in self.states().items():
             if earlier < step:
                 path.unlink(missing_ok=True)
+
+
+def _restored(key: str, value: Tensor, device: torch.device) -> Tensor | int:
+    """As the optimiser had it: AdamW of torch counts steps in a tensor on the host, others in a number."""
+    if key != _STEP:
+        return value.to(device)
+    return value if value.is_floating_point() else int(value)
 
 
 def _differing(stored: Any, given: Any, name: str = "") -> list[str]:
