@@ -1,5 +1,6 @@
 """``diffsynth preprocess`` and ``diffsynth train``."""
 
+import logging
 import os
 import re
 import signal
@@ -7,7 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-from tests.cli.command import Here
+import pytest
+
+from tests.cli.command import Ended, Here
 from tests.training.clips import write_clip, write_config, write_data_set
 from tests.training.narrow import write_narrow, write_samples
 
@@ -38,6 +41,33 @@ def test_wrong_key_is_named_with_its_line(here: Here, tmp_path: Path) -> None:
         ended = here(command, str(config))
         assert ended.code == 2
         assert f"{config}:18: unknown key 'stpes' in [training]  Try: steps" in ended.err
+
+
+def test_a_limit_is_kept_and_the_plan_is_told(
+    here: Here, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = write_narrow(tmp_path / "narrow.safetensors")
+    write_samples(tmp_path / "samples")
+
+    def ended(limit: float) -> Ended:
+        sections = {
+            "model": f'checkpoint = "{model}"\ndevice = "cpu"\ndtype = "float32"',
+            "lora": "rank = 2",
+            "memory": f'storage = "int8"\nvram_limit = {limit}',
+        }
+        return here("train", str(write_config(tmp_path, training="steps = 2", **sections)))
+
+    refused = ended(0.0001)
+    assert refused.code == 4
+    needed, unit = re.findall(r"training needs ([\d.]+) (KB|MB) of device memory", refused.err)[0]
+    limit = (float(needed) + 0.01) / {"KB": 2**20, "MB": 2**10}[unit]
+    trained = ended(limit)
+    assert trained.code == 0, trained.err
+    assert re.search(r"memory plan: .* of .* VRAM, .* 0 of 3 blocks stay on the device", caplog.text)
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("bytes_to_device")
+    assert all(float(row.split(",")[column]) > 0 for row in rows[1:])
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(here: Here, tmp_path: Path) -> None:
