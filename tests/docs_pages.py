@@ -54,6 +54,8 @@ SMALL_TRAINING: Mapping[str, str] = {
     r"^batch_size = \d+": "batch_size = 1",
     r"^buckets = .*": f'buckets = ["{SIZE_PX}x{SIZE_PX}x25"]',
     r"^\[model\]": '[model]\ndevice = "cpu"',
+    r"^(width|height) = \d+": rf"\1 = {SIZE_PX}",
+    r"^frames = \d+": "frames = 25",
 }
 """The same for the settings of a training."""
 LAST_STEP = (r"_step_\d{5}\b", "_step_00002")
@@ -99,6 +101,14 @@ def small_python(block: str) -> str:
     for pattern, new in SMALL_PYTHON.items():
         block = re.sub(pattern, new, block)
     return block
+
+
+def small_training(text: str) -> str:
+    """The settings of a training as it is run."""
+    for pattern, new in SMALL_TRAINING.items():
+        text = re.sub(pattern, new, text, flags=re.MULTILINE)
+    assert "\nsteps = 2\n" in text, "a training of the pages says how long it is"
+    return text
 
 
 class Shell:
@@ -157,11 +167,7 @@ def _is_example_or_clips(words: list[str]) -> bool:
 def _copied(words: list[str]) -> bool:
     """A file of the repository goes into the working folder; that of a training with few steps."""
     source, target = words
-    text = (ROOT / source).read_text(encoding="utf-8")
-    for pattern, new in SMALL_TRAINING.items():
-        text, count = re.subn(pattern, new, text, flags=re.MULTILINE)
-        assert count == 1, pattern
-    Path(target).write_text(text, encoding="utf-8")
+    Path(target).write_text(small_training((ROOT / source).read_text(encoding="utf-8")), encoding="utf-8")
     return True
 
 
@@ -197,6 +203,7 @@ def lay_out(folder: Path, ltx_2_3: Path) -> Path:
     tone = 0.3 * torch.sin(440 * 2 * torch.pi * seconds).expand(2, -1)
     for name in ("clip", "depth", "mask"):
         write_video_audio_ltx2(frames, tone, folder / f"{name}.mp4", FPS, 48000)
+    (folder / "clips.csv").write_text("video,caption\nclip.mp4,a boat on a lake\n", encoding="utf-8")
     (folder / "speech.wav").symlink_to(folder / "clip.mp4")
     return folder
 

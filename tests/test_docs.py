@@ -37,10 +37,17 @@ from tests.docs_pages import (
     released,
     small,
     small_python,
+    small_training,
 )
 from tests.pipelines.tiny import SMALL
 
-ENGLISH = [README, ROOT / "examples" / "ltx2" / "README.md", *sorted(EN.glob("*.md"))]
+EXAMPLES = ROOT / "examples" / "ltx2"
+ENGLISH = [
+    README,
+    EXAMPLES / "README.md",
+    EXAMPLES / "model_training" / "README.md",
+    *sorted(EN.glob("*.md")),
+]
 DOCUMENTS = [*ENGLISH, README_ZH, *sorted(ZH.glob("*.md"))]
 START = README.read_text(encoding="utf-8")
 VRAM = (EN / "vram.md").read_text(encoding="utf-8")
@@ -123,7 +130,7 @@ def test_storage_formats_are_those_of_the_code() -> None:
 
 def commands() -> Iterator[list[str]]:
     """Every call of ``diffsynth`` in the documents, comments taken off."""
-    for document in [*ENGLISH, ROOT / "docs" / "training.md"]:
+    for document in ENGLISH:
         for block in snippets(document.read_text(encoding="utf-8"), "shell"):
             for words in command_lines(block):
                 if words[0] == "diffsynth" and not words[1].startswith("-"):
@@ -237,6 +244,8 @@ def test_everything_that_is_shown_runs(
         if language == "shell":
             for words in command_lines(block):
                 shell(words)
+        elif language == "toml":
+            (tmp_path / "run.toml").write_text(small_training(block), encoding="utf-8")
         elif language == "python" and page != README:  # its block runs above, with 9 frames
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(small_python(block), page.name, "exec"), names)

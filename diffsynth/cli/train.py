@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ECHO_S = 5.0
 
-Config: TypeAlias = Annotated[Path, typer.Argument(help="TOML file with the settings: docs/training.md")]
+Config: TypeAlias = Annotated[Path, typer.Argument(help="TOML file with the settings: docs/en/training.md")]
 
 
 def preprocess(config: Config, quiet: machine.Quiet = False) -> None:

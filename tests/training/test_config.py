@@ -40,8 +40,8 @@ def test_everything_that_can_be_stated(tmp_path: Path) -> None:
 
 
 def test_page_shows_the_defaults(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    page = (ROOT / "docs" / "en" / "training.md").read_text(encoding="utf-8")
+    *_, shown = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "run.toml").write_text(shown)
     config = read_config(tmp_path / "run.toml")
     data, folder = config.data, config.output.folder
