@@ -116,6 +116,7 @@ def joined(device: str | None) -> Iterator[tuple[Workers, torch.device]]:
     own = _own_device(device)
     backend = "gloo"
     if own.type != "cpu":
+        torch.accelerator.set_device_index(own)  # libraries that ask for the present device find their own
         backend = f"cpu:gloo,{own.type}:{distributed.get_default_backend_for_device(own)}"
     distributed.init_process_group(backend, timeout=_PATIENCE, device_id=None if own.type == "cpu" else own)
     try:

@@ -1,6 +1,6 @@
 """Passes of training steps: what the network reads, and the loss by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -61,19 +61,41 @@ def test_first_frame_is_clean_and_at_zero(make_sample: Make) -> None:
     assert video.modality.timesteps[0, :, 0].tolist() == [0.0] * 6 + [float(video.sigma)] * 6
 
 
-@pytest.mark.parametrize("conditions", [(), (Condition(type="first_frame"),), (Condition(type="suffix"),)])
-def test_loss_by_hand(network: LTX2Transformer, make_sample: Make, conditions: tuple[Condition, ...]) -> None:
+@pytest.mark.parametrize(
+    ("conditions", "video_made", "audio_made"),
+    [
+        ((), range(12), range(5)),
+        ((Condition(type="first_frame"),), range(6, 12), range(5)),
+        ((Condition(type="prefix"),), range(6, 12), range(5)),
+        ((Condition(type="suffix"),), range(6), range(5)),
+        ((Condition(type="spatial_crop", crop=(0, 0, 32, 64)),), (2, 3, 4, 5, 8, 9, 10, 11), range(5)),
+        ((Condition(type="prefix", modality="audio", count=2),), range(12), range(2, 5)),
+        ((Condition(type="suffix", modality="audio", count=3),), range(12), range(2)),
+        (
+            (Condition(type="first_frame"), Condition(type="suffix", modality="audio", count=1)),
+            range(6, 12),
+            range(4),
+        ),
+    ],
+    ids=str,
+)
+def test_loss_by_hand(
+    network: LTX2Transformer,
+    make_sample: Make,
+    conditions: tuple[Condition, ...],
+    video_made: Sequence[int],
+    audio_made: Sequence[int],
+) -> None:
+    """Tokens by number: two frames of two rows and three columns, and five audio latents."""
     given = strategy(conditions=conditions)
     video, audio = streams(given, [make_sample(1), make_sample(2)])
     with torch.no_grad():
         loss = given.loss(network, (video, audio))
         predicted = network(video.modality, audio.modality)
-    kept = {"first_frame": slice(6, 12), "suffix": slice(0, 6)}
-    place = kept[conditions[0].type] if conditions else slice(None)
     assert video.target is not None
     assert audio.target is not None
-    by_hand = ((predicted[0] - video.target)[:, place] ** 2).mean(dim=(1, 2))
-    by_hand_audio = ((predicted[1] - audio.target) ** 2).mean(dim=(1, 2))
+    by_hand = ((predicted[0] - video.target)[:, list(video_made)] ** 2).mean(dim=(1, 2))
+    by_hand_audio = ((predicted[1] - audio.target)[:, list(audio_made)] ** 2).mean(dim=(1, 2))
     torch.testing.assert_close(loss.total, (by_hand + by_hand_audio).mean())
     assert loss.video is not None
     torch.testing.assert_close(loss.video[0], by_hand)
