@@ -42,7 +42,7 @@ class AudioVAESettings:
     ch_mult: tuple[int, ...] = (1, 2, 4)
     num_res_blocks: int = 1
     z_channels: int = 8
-    steps: int = 900
+    steps: int = 2500
     batch: int = 8
     learning_rate: float = 2.5e-3
     noise: float = 0.15

@@ -52,7 +52,7 @@ class VocoderSettings:
     upsample_kernel_sizes: tuple[int, ...] = (20, 12, 8)
     resblock_kernel_sizes: tuple[int, ...] = (3, 7)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3), (1, 3))
-    steps: int = 1200
+    steps: int = 2500
     batch: int = 6
     frames: int = 48
     learning_rate: float = 2e-3
