@@ -9,7 +9,7 @@ from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.sizes import model_sizes
 from diffsynth.pipelines.storage import Storage
 from diffsynth.training.adapters import chosen_layers
-from diffsynth.training.config import DEVICE, HOST, LoraSection, TrainConfig
+from diffsynth.training.config import ADAMW_8BIT, DEVICE, HOST, LoraSection, TrainConfig
 from diffsynth.training.costs import (
     OptimiserSizes,
     StepSizes,
@@ -18,6 +18,7 @@ from diffsynth.training.costs import (
     pass_flops,
     step_bytes,
 )
+from diffsynth.training.optimiser import STATE_BYTES
 from diffsynth.training.samples import Sample, SampleEntry
 from diffsynth.training.strategy import Role
 from diffsynth.vram.planner import Block, Choice, PhaseDemand
@@ -160,6 +161,10 @@ class Demands:
             yield 'storage = "int4"', [Demands(self._parts, four, self._activations).of(demand)]
         if self._activations == DEVICE:
             yield 'activations = "host"', [Demands(self._parts, self.storage, HOST).of(demand)]
+        eight_bits = STATE_BYTES[ADAMW_8BIT]
+        if demand.optimiser.state_bytes > eight_bits:
+            optimiser = replace(demand.optimiser, state_bytes=eight_bits)
+            yield f'optimizer = "{ADAMW_8BIT}"', [self.of(replace(demand, optimiser=optimiser))]
         rank = demand.rank
         while rank > 1:
             rank //= 2
