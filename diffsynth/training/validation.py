@@ -4,7 +4,6 @@ Nothing of the run changes: the noise has its own source, the transformer is use
 other network is read for a round, lies on the device for its phase alone, and is gone after the round.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -90,7 +89,7 @@ class Validator:
         Args:
             network: on the device, with the adapter or the weights as they are to be used.
             record: what is being trained, for the metadata.
-            should_stop: asked after every step of denoising and of the phases.
+            should_stop: asked after every step of denoising.
             aside: of the base, see :class:`~diffsynth.training.base.Base`; entered for the phases in which
                 other networks compute.
 
@@ -103,12 +102,13 @@ class Validator:
             return
         make_folder(self._folder)
 
-        def listen(_: Progress) -> None:
-            if should_stop():
+        def listen(progress: Progress) -> None:
+            if progress.denoised is not None and should_stop():
                 raise Cancelled("the round is stopped", hint="--resume")
 
         smaller = "fewer frames, or a smaller width and height in [validation]"
-        with out_of_memory_told(smaller, "validation"), self._pipeline(network, aside) as pipe:
+        with out_of_memory_told(smaller, "validation"):
+            pipe = self._pipeline(network, aside)
             for path, request in missing.items():
                 logger.info("validation after step %d: %s", step, path.name)
                 try:
@@ -118,21 +118,14 @@ class Validator:
                 result.record["training"] = {**record, "step": step}
                 _write(result, path)
 
-    @contextmanager
-    def _pipeline(self, network: LTX2Transformer, aside: Aside) -> Iterator[LTX2AudioVideoPipeline]:
-        """The network with all others that the clips need, for as long as the ``with`` block lasts."""
+    def _pipeline(self, network: LTX2Transformer, aside: Aside) -> LTX2AudioVideoPipeline:
+        """The network with all others that the clips need, which end with what is returned."""
         outline, device = self._outline, self._outline.parts.device
         others = self._opened.only(self._needed()).load(torch.device("cpu"), outline.parts.dtype).parts
         modules = {name: getattr(others, name) for name in self._needed()}
         memory = _InTurns(modules, device, aside)
         parts = replace(outline.parts, dit=network, memory=memory, **modules)
-        try:
-            yield LTX2AudioVideoPipeline(Assembly(parts=parts, sources=outline.sources))
-        finally:
-            del others, modules, parts
-            memory.forget()
-            gc.collect()
-            backend_for(device).empty_cache()
+        return LTX2AudioVideoPipeline(Assembly(parts=parts, sources=outline.sources))
 
     def _needed(self) -> list[str]:
         requests = self._requests
@@ -151,7 +144,7 @@ class _InTurns(AllOnDevice):
     """Networks that wait on the host and are on the device for their phase alone."""
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, aside: Aside) -> None:
-        self._modules = dict(modules)
+        self._modules = modules
         self._device = device
         self._aside = aside
 
@@ -171,10 +164,6 @@ class _InTurns(AllOnDevice):
                 for module in own:
                     module.to("cpu")
                 backend_for(self._device).empty_cache()
-
-    def forget(self) -> None:
-        """Let go of all networks."""
-        self._modules.clear()
 
 
 def _write(result: Result, path: Path) -> None:
