@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S
 from diffsynth.errors import RequestError
 from diffsynth.training.clips import ClipSource
 from diffsynth.training.config import Bucket, DataSection
+from diffsynth.utils.audio import sound_length
 from diffsynth.utils.images import VideoInfo, probe_video
 
 FORMAT_VERSION = 1
@@ -19,12 +21,20 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipJob:
-    """A clip that can be used, as it will be encoded; ``file`` is the name of its sample."""
+    """A clip that can be used, as it will be encoded.
+
+    Attributes:
+        bucket: its size; None for sound alone.
+        fps: frames per second of the clip; of sound alone, its latents.
+        duration_s: length of the sound.
+        file: name of its sample.
+    """
 
     clip: ClipSource
     caption: str
-    bucket: Bucket
+    bucket: Bucket | None
     fps: float
+    duration_s: float
     file: str
     video_mask: Path | None = None
     audio_mask: Path | None = None
@@ -75,27 +85,60 @@ def choose_bucket(info: VideoInfo, buckets: Sequence[Bucket]) -> Bucket:
     return min(fitting, key=order)
 
 
+def choose_duration(length_s: float, durations: Sequence[float]) -> float:
+    """The longest that a sound is long enough for, to one latent: silence may follow it for less than that.
+
+    Raises:
+        RequestError: the sound is too short for all.
+    """
+    fitting = [duration for duration in durations if long_enough(length_s, duration)]
+    if not fitting:
+        raise RequestError(
+            f"it lasts {length_s:.2f} s",
+            hint=f"a longer sound: {min(durations):g} s, or other audio_durations",
+        )
+    return max(fitting)
+
+
+def long_enough(length_s: float, duration_s: float) -> bool:
+    """Whether less than one latent is missing."""
+    return length_s > duration_s - 1 / AUDIO_LATENTS_PER_S
+
+
+def _length(clip: ClipSource, data: DataSection) -> tuple[Bucket | None, float, float]:
+    """Bucket, frames per second and length of the sound, as :class:`ClipJob` has them."""
+    if data.audio_durations:
+        length_s = sound_length(clip.sound or clip.path, argument="clip")
+        return None, AUDIO_LATENTS_PER_S, choose_duration(length_s, data.audio_durations)
+    if not clip.pictures:
+        raise RequestError(
+            f"{clip.path.name} has no pictures, and buckets count frames",
+            hint="audio_durations = [5.0] in [data]",
+        )
+    info = probe_video(clip.path, argument="clip")
+    if data.audio and clip.sound is None and not info.has_audio:
+        raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")
+    bucket, fps = choose_bucket(info, data.sizes), float(info.fps)
+    return bucket, fps, bucket.frames / fps
+
+
 def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
     if clip.caption is None:
         raise RequestError(
             f"{clip.path.name} has no readable caption", hint="one in the list, or a .txt file"
         )
-    info = probe_video(clip.path, argument="clip")
-    if data.audio and clip.sound is None and not info.has_audio:
-        raise RequestError(f"{clip.path.name} has no sound track", hint="audio = false in [data]")
-    bucket = choose_bucket(info, data.sizes)
-    reference = _reference(clip, bucket) if data.reference_scale else None
+    bucket, fps, duration_s = _length(clip, data)
+    reference = _reference(clip, bucket) if data.reference_scale and bucket is not None else None
     video_mask = _mask(clip.video_mask, data.video_masks, clip.path) if data.video else None
     audio_mask = _mask(clip.audio_mask, data.audio_masks, clip.path) if data.audio else None
     if data.audio_reference and clip.audio_reference is None:
         raise RequestError(f"{clip.path.name} has no reference sound", hint="audio_reference = false")
     caption = f"{data.trigger} {clip.caption}".strip()
-    fps = float(info.fps)
     facts = [
         FORMAT_VERSION,
         models,
         caption,
-        astuple(bucket),
+        [duration_s] if bucket is None else astuple(bucket),
         fps,
         data.video,
         data.audio,
@@ -120,6 +163,7 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
         caption=caption,
         bucket=bucket,
         fps=fps,
+        duration_s=duration_s,
         file=f"{digest.hexdigest()[:40]}.safetensors",
         video_mask=video_mask,
         audio_mask=audio_mask,

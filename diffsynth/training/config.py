@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from diffsynth.conditioning.tokens import VIDEO_SCALE
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, VIDEO_SCALE
 from diffsynth.errors import RequestError
 from diffsynth.pipelines.limits import MemoryLimits
 from diffsynth.training.adapters import ATTENTION_TARGETS
 from diffsynth.training.schedule import ScheduleConfig
 from diffsynth.training.sigmas import SigmaConfig
-from diffsynth.training.strategy import StrategyConfig
+from diffsynth.training.strategy import Role, StrategyConfig
 from diffsynth.training.validation_config import ValidationSection
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -88,6 +88,8 @@ class DataSection:
         folder: where the samples lie.
         buckets: sizes as WIDTHxHEIGHTxFRAMES; a clip takes the one nearest in aspect that it is long enough
             for.
+        audio_durations: seconds, instead of buckets where only sound is encoded; a sound takes the longest
+            that it is long enough for.
         trigger: put in front of every caption.
         video: make latents of the pictures.
         audio: make latents of the sound; clips without a sound track are left out and named.
@@ -100,7 +102,8 @@ class DataSection:
 
     source: Path
     folder: Path
-    buckets: tuple[str, ...]
+    buckets: tuple[str, ...] = ()
+    audio_durations: tuple[float, ...] = ()
     trigger: str = ""
     video: bool = True
     audio: bool = True
@@ -111,9 +114,9 @@ class DataSection:
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
-        """The buckets.  Raises RequestError for an impossible one, or none."""
-        if not self.buckets:
-            raise RequestError("buckets is empty", hint='buckets = ["768x512x97"]')
+        """The buckets; none with audio_durations.  Raises RequestError for an impossible one, or a lack."""
+        if not self.buckets and not self.audio_durations:
+            raise RequestError("buckets is missing", hint='buckets = ["768x512x97"]')
         return tuple(Bucket.parse(text) for text in self.buckets)
 
     def check(self) -> None:
@@ -125,12 +128,24 @@ class DataSection:
             )
         if self.audio_reference and not self.audio:
             raise RequestError("audio_reference with audio=False", hint="audio = true")
+        self._check_durations()
         for bucket in self.sizes:
             if scale and (bucket.width % (cell * scale) or bucket.height % (cell * scale)):
                 raise RequestError(
                     f"bucket {bucket.width}x{bucket.height} with reference_scale={scale}",
                     hint=f"width and height multiples of {cell * scale}",
                 )
+
+    def _check_durations(self) -> None:
+        stated = f"audio_durations={list(self.audio_durations)}"
+        if self.audio_durations and (self.video or not self.audio or self.buckets):
+            raise RequestError(
+                f"{stated} with video={self.video}, audio={self.audio}, buckets={list(self.buckets)}: these "
+                "are lengths of sounds alone",
+                hint="video = false, audio = true, no buckets",
+            )
+        if not all(1 / AUDIO_LATENTS_PER_S <= seconds < float("inf") for seconds in self.audio_durations):
+            raise RequestError(stated, hint="seconds, [5.0] for instance")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,6 +333,11 @@ class TrainConfig:
             raise RequestError(
                 "[strategy] audio_reference_probability without [data] audio_reference",
                 hint="audio_reference = true",
+            )
+        if self.data.audio_durations and self.strategy.video != Role.NONE:
+            raise RequestError(
+                f"[strategy] video={str(self.strategy.video)!r} with [data] audio_durations: no pictures",
+                hint='video = "none"',
             )
         if self.memory.managed and self.training.mode == FULL:
             raise RequestError(

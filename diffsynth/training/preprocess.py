@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, audio_latent_frames
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S
 from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
 from diffsynth.models.ltx2.tiling import TileConfig
@@ -22,7 +22,7 @@ from diffsynth.pipelines.encode_inputs import encode_sound
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
-from diffsynth.training.clip_jobs import ClipJob, plan_jobs
+from diffsynth.training.clip_jobs import ClipJob, long_enough, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
 from diffsynth.training.masks import read_audio_mask, read_video_mask
@@ -58,7 +58,7 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     """
     config.check()
     data, folder = config.data, config.data.folder
-    clips = find_clips(data.source)
+    clips = find_clips(data.source, video=data.video)
     opened = open_all(config)
     encoders, captions = opened.only(_encoders(data)), text_cache(config, opened)
     models = digest_of([*files_of(opened.only(TEXT)), *files_of(encoders)], config.model.dtype)
@@ -115,6 +115,7 @@ def _encode(data: DataSection, parts: Parts, captions: PromptCache, job: ClipJob
     bucket, video, audio, reference, voice = job.bucket, None, None, None, None
     video_mask = audio_mask = None
     if parts.video_vae_encoder is not None:
+        assert bucket is not None, "pictures come in buckets"
         video = _encode_video(parts, job.clip.path, bucket)
         if data.reference_scale and job.clip.reference is not None:
             reference = _encode_video(parts, job.clip.reference, bucket, data.reference_scale)
@@ -144,10 +145,14 @@ def _encode_audio(parts: Parts, path: Path, job: ClipJob, *, whole: bool) -> Ten
     With ``whole`` it is exactly as long, silence at its end; otherwise a shorter one stays so.
     """
     assert parts.audio_vae_encoder is not None
-    duration_s = job.bucket.frames / job.fps
+    duration_s = job.duration_s
     sound = read_audio(path, 0.0, duration_s, argument="clip").to_stereo()
-    length = audio_latent_frames(job.bucket.frames, job.fps)
+    length = round(duration_s * AUDIO_LATENTS_PER_S)
     if whole:
+        if job.bucket is None and not long_enough(sound.duration_s, duration_s):
+            raise RequestError(
+                f"it ends after {sound.duration_s:.2f} of {duration_s:g} s", hint="a whole sound"
+            )
         sound = sound.fit(round(duration_s * sound.sampling_rate))
     else:
         length = min(length, max(1, round(sound.duration_s * AUDIO_LATENTS_PER_S)))

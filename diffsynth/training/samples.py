@@ -43,7 +43,7 @@ class SampleEntry:
         video_shape: (C, F, H, W) of the latent; None without pictures.
         audio_shape: (C, T, M); None without sound.
         reference_shape: (C, F, H, W) of the latent of a reference clip; None without one.
-        fps: frames per second of the clip.
+        fps: frames per second of the clip; of sound alone, its latents.
         audio_reference_shape: (C, T, M) of the latent of a reference sound; None without one.
         video_mask_shape, audio_mask_shape: (F, H, W) and (T,); None without masks.
     """

@@ -65,7 +65,7 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
         ({"trainig": "steps = 7"}, r"run.toml:17: unknown section \[trainig\].*training$"),
         ({"lora": 'rank = "8"'}, r"run.toml:18: rank='8' is of the wrong type"),
         ({"training": "betas = [0.9]"}, r"run.toml:18: betas"),
-        ({"data": 'folder = "x"\nsource = "y"'}, r"run.toml:7: buckets is missing in \[data\]"),
+        ({"data": 'folder = "x"\nsource = "y"'}, r"run.toml:7: \[data\] buckets is missing"),
         (
             {"strategy": '[[strategy.conditions]]\ntype = "prefix"\ncuont = 2'},
             r"run.toml:20: unknown key 'cuont' in \[strategy.conditions\].*count$",

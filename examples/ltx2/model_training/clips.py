@@ -1,6 +1,7 @@
 """A small data set that is drawn here, so that every configuration runs at once: balls that roll and sound.
 
-It stands in for clips of yours.  ``clips/list.csv`` has every column that one of the configurations uses.
+It stands in for clips of yours.  ``clips/list.csv`` has every column that one of the configurations uses,
+``clips/sounds.csv`` the sounds alone.
 """
 
 import csv
@@ -25,13 +26,14 @@ def draw(folder: Path, width: int, height: int, num_frames: int) -> None:
     if (clips / "list.csv").exists():
         return
     clips.mkdir(parents=True)
-    rows = []
+    rows, sounds = [], []
     for number, (ball, floor, side, pitch_hz) in enumerate(BALLS):
         frames = [_frame(ball, floor, side, n / num_frames, width, height) for n in range(num_frames)]
         tone = _tone(pitch_hz, num_frames)
         write_video_audio_ltx2(frames, tone, clips / f"{number}.mp4", FRAME_RATE, SAMPLING_RATE)
         grey = [ImageOps.grayscale(frame).convert("RGB") for frame in frames]
         write_video_audio_ltx2(grey, None, clips / f"{number}_reference.mp4", FRAME_RATE)
+        write_audio(Waveform(tone, SAMPLING_RATE), clips / f"{number}.wav")
         write_audio(Waveform(_tone(pitch_hz / 2, num_frames), SAMPLING_RATE), clips / f"{number}_voice.wav")
         mask = Image.new("L", (width, height), 255)
         ImageDraw.Draw(mask).rectangle((0, height // 2, width, height), 0)
@@ -45,9 +47,21 @@ def draw(folder: Path, width: int, height: int, num_frames: int) -> None:
                 "video_mask": f"{number}_mask.png",
             }
         )
+        sounds.append(
+            {
+                "audio": f"{number}.wav",
+                "caption": f"A steady tone of {pitch_hz} Hz.",
+                "reference_audio": f"{number}_voice.wav",
+            }
+        )
         if number == 0:
             frames[0].save(folder / "first_frame.png")
-    with (clips / "list.csv").open("w", encoding="utf-8", newline="") as file:
+    _write(clips / "sounds.csv", sounds)
+    _write(clips / "list.csv", rows)
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows(rows)

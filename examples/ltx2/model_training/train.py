@@ -11,9 +11,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from clips import draw
+from clips import FRAME_RATE, draw
 
-from diffsynth.training.config import TrainConfig
+from diffsynth.training.config import Bucket, TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
 from diffsynth.training.trainer import TrainingStep, train
@@ -30,7 +30,7 @@ def main() -> None:
     if not copy.exists():
         shutil.copy(HERE / f"{asked.name}.toml", copy)
     config = adjusted(read_config(copy), asked)
-    (size,) = config.data.sizes
+    size = config.validation
     draw(folder, size.width, size.height, size.frames)
     preprocess(config)
     states = (config.output.folder / "checkpoints").glob("training_state_*")
@@ -50,8 +50,11 @@ def adjusted(config: TrainConfig, asked: argparse.Namespace) -> TrainConfig:
     if asked.steps:
         config = replace(config, training=replace(config.training, steps=asked.steps))
     if asked.bucket:
-        config = replace(config, data=replace(config.data, buckets=(asked.bucket,)))
-        (size,) = config.data.sizes
+        size = Bucket.parse(asked.bucket)
+        length = {"buckets": (asked.bucket,)}
+        if config.data.audio_durations:
+            length = {"audio_durations": (size.frames / FRAME_RATE,)}
+        config = replace(config, data=replace(config.data, **length))
         small = {"width": size.width, "height": size.height, "frames": size.frames}
         config = replace(config, validation=replace(config.validation, **small))
     if asked.validation_steps:
