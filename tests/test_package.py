@@ -8,10 +8,11 @@ from zipfile import ZipFile
 
 import pytest
 
+from diffsynth.nano import bundle
 from tests.cli.command import ROOT
 
 MB = 10**6
-WHEEL_LIMIT = 25 * MB
+WHEEL_LIMIT, WEIGHTS_LIMIT = 25 * MB, 20 * MB
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
@@ -39,6 +40,12 @@ def test_a_wheel_holds_the_package_with_its_weights(wheel: Path) -> None:
 
 def test_a_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < WHEEL_LIMIT
+
+
+def test_the_weights_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in bundle.WEIGHTS.rglob("*") if path.is_file()}
+    assert bundle.files().checkpoint.name in sizes
+    assert sum(sizes.values()) < WEIGHTS_LIMIT
 
 
 @pytest.mark.parametrize(
