@@ -14,6 +14,7 @@ from diffsynth.pipelines.assemble import PART_OF, OpenedModels
 from diffsynth.pipelines.packing import PackedWeights
 from diffsynth.pipelines.parts import Parts
 from diffsynth.training.checkpointing import no_hold
+from diffsynth.training.clip_plans import Room
 from diffsynth.training.config import HOST, MemorySection, TrainConfig
 from diffsynth.training.demand import ON_HOST, PART, Demands, StepDemand, pass_sizes
 from diffsynth.training.optimiser import STATE_BYTES
@@ -49,9 +50,14 @@ class Base(Protocol):
         """Within the ``with`` block the network computes."""
         ...
 
-    def aside(self) -> AbstractContextManager[None]:
+    def aside(self, placed: PhasePlan | None = None) -> AbstractContextManager[None]:
         """Inside of :meth:`entered`: a memory manager gives its device memory back for the ``with`` block, in
-        which the network cannot compute."""
+        which the network cannot compute; or, with a plan, computes forward, its blocks where that says."""
+        ...
+
+    @property
+    def room(self) -> Room | None:
+        """What a round of clips has to share the device with; None: nothing is planned."""
         ...
 
 
@@ -91,6 +97,7 @@ class ResidentBase:
     """All weights on the device, as they come."""
 
     traffic: ClassVar[None] = None
+    room: ClassVar[None] = None
 
     def __init__(
         self, opened: OpenedModels, device: torch.device, dtype: torch.dtype, memory: MemorySection
@@ -105,7 +112,7 @@ class ResidentBase:
         """See :class:`Base`."""
         return no_hold(name)
 
-    def aside(self) -> AbstractContextManager[None]:
+    def aside(self, placed: PhasePlan | None = None) -> AbstractContextManager[None]:
         """See :class:`Base`: the weights stay."""
         return nullcontext()
 
@@ -164,6 +171,7 @@ class StreamedBase:
         kept = self._weights.host_bytes()
         self.budget = replace(budget, host_base_bytes=budget.host_base_bytes + kept)
         self._demands = Demands(parts, storage, memory.activations)
+        self._asked = demand
         self.demand = self._demands.of(demand)
         """What was asked of the planner."""
         self.plan: PhasePlan = plan(
@@ -202,8 +210,23 @@ class StreamedBase:
     def _phase(self) -> dict[str, Any]:
         return {"residents": self.plan.residents, "slots": self.plan.slots, "back": True}
 
+    @property
+    def room(self) -> Room:
+        """See :class:`Base`."""
+        sizes = {block.name: block.nbytes for block in self._demands.blocks}
+        moving = [nbytes for name, nbytes in sizes.items() if name not in self.plan.residents]
+        placed = sum(sizes[name] for name in self.plan.residents) + self.plan.slots * max(moving, default=0)
+        return Room(
+            budget=self.budget,
+            storage=self._demands.storage,
+            placed_bytes=self.demand.rest_bytes + placed,
+            kept_bytes=self._asked.optimiser.kept_bytes,
+            rank=self._asked.rank,
+            widest=self._asked.widest,
+        )
+
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, placed: PhasePlan | None = None) -> Iterator[None]:
         """See :class:`Base`.
 
         Raises:
@@ -213,8 +236,12 @@ class StreamedBase:
         self._managed.exit()
         self._backend.empty_cache()
         try:
+            if placed is not None:
+                with torch.inference_mode(False):
+                    self._managed.enter(residents=placed.residents, slots=placed.slots)
             yield
         finally:
+            self._managed.exit()
             self._backend.empty_cache()
             with torch.inference_mode(False):  # the next step records through these weights
                 self._managed.enter(**self._phase)

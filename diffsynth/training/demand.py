@@ -38,6 +38,7 @@ class StepDemand:
         passes: of different sizes.
         optimiser: what is trained.
         rank, targets: of the adapter.
+        widest: output of the layers that it is on.
         steps: passes there and back of the run.
     """
 
@@ -45,6 +46,7 @@ class StepDemand:
     optimiser: OptimiserSizes
     rank: int
     targets: tuple[str, ...]
+    widest: int
     steps: int
 
     @classmethod
@@ -79,6 +81,7 @@ class StepDemand:
             optimiser=optimiser,
             rank=lora.rank,
             targets=tuple(inside),
+            widest=max(layer.out_features for layer in layers.values()),
             steps=steps,
         )
 

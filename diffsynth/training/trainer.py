@@ -112,6 +112,8 @@ def _train(
     files = [path for weights in opened.networks.values() for path in weights.files.paths]
     fingerprint = _fingerprint(config, entries, digest_of(files, ""))
     base = open_base(config, opened, entries)
+    if validator is not None:
+        validator.share(base.room)
     smaller = (
         "[memory] vram_limit, gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
     )

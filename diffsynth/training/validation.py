@@ -5,7 +5,7 @@ other network is read for a round, lies on the device for its phase alone, and i
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,28 +13,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from diffsynth.conditioning.enhance import Chat
 from diffsynth.device import backend_for, out_of_memory_told
 from diffsynth.errors import Cancelled
 from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.pipelines.assemble import Assembly
 from diffsynth.pipelines.inputs import inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
-from diffsynth.pipelines.phases import AllOnDevice, PhaseRun, parts_of_phase
+from diffsynth.pipelines.phases import AllOnDevice, PhaseRun, StageLoras, parts_of_phase
 from diffsynth.pipelines.progress import Progress
 from diffsynth.pipelines.result import Result
 from diffsynth.request import GenerateRequest
+from diffsynth.training.clip_plans import Room, plan_clip
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.strategy import Role
 from diffsynth.training.texts import encode_texts, open_all, text_cache
 from diffsynth.utils.audio_file import write_audio
 from diffsynth.utils.files import make_folder
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
+from diffsynth.vram.plan import PhasePlan
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "validation"
 
-Aside = Callable[[], AbstractContextManager[None]]
+Aside = Callable[[PhasePlan | None], AbstractContextManager[None]]
+Plans = Callable[[GenerateRequest], Mapping[str, PhasePlan]]
+
+
+def stays(plan: PhasePlan | None) -> AbstractContextManager[None]:
+    """Of a base that makes no room."""
+    return nullcontext()
 
 
 class Validator:
@@ -65,6 +74,20 @@ class Validator:
             inputs_by_path(request).check(request)
         parts.prompt_cache = text_cache(config, self._opened)
         encode_texts(config, self._opened, parts.prompt_cache, config.validation.texts)
+        self._room: Room | None = None
+
+    def share(self, room: Room | None) -> None:
+        """Plan every clip beside a base; rounds follow these plans.
+
+        Raises:
+            MemoryBudgetError: a clip does not fit; the hint names one that would.
+        """
+        self._room = room
+        for request in self._requests:
+            self._plans(request)
+
+    def _plans(self, request: GenerateRequest) -> Mapping[str, PhasePlan]:
+        return {} if self._room is None else plan_clip(request, self._outline.parts, self._room)
 
     def missing(self, step: int) -> dict[Path, GenerateRequest]:
         """What has to be made after a step: nothing after most, or after a round that was made before."""
@@ -82,7 +105,7 @@ class Validator:
         *,
         record: Mapping[str, object],
         should_stop: Callable[[], bool],
-        aside: Aside = nullcontext,
+        aside: Aside = stays,
     ) -> None:
         """Make what is missing after a step; a round that is stopped leaves the clips that are whole.
 
@@ -123,7 +146,7 @@ class Validator:
         outline, device = self._outline, self._outline.parts.device
         others = self._opened.only(self._needed()).load(torch.device("cpu"), outline.parts.dtype).parts
         modules = {name: getattr(others, name) for name in self._needed()}
-        memory = _InTurns(modules, device, aside)
+        memory = _InTurns(modules, device, aside, self._plans)
         parts = replace(outline.parts, dit=network, memory=memory, **modules)
         return LTX2AudioVideoPipeline(Assembly(parts=parts, sources=outline.sources))
 
@@ -143,23 +166,35 @@ class Validator:
 class _InTurns(AllOnDevice):
     """Networks that wait on the host and are on the device for their phase alone."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, aside: Aside) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], device: torch.device, aside: Aside, plans: Plans
+    ) -> None:
         self._modules = modules
         self._device = device
         self._aside = aside
+        self._plans = plans
+        self._planned: Mapping[str, PhasePlan] = {}
+
+    def prepare(
+        self, request: GenerateRequest, *, loras: StageLoras, prompts: Sequence[str], chat: Chat | None = None
+    ) -> None:
+        """See :class:`~diffsynth.pipelines.phases.Memory`: as it was planned before the first step."""
+        self._planned = self._plans(request)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[PhaseRun]:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
         own = [self._modules[part] for part in parts_of_phase(name) if part in self._modules]
+        plan = self._planned.get(name)
         if not own:  # the transformer's own phase
-            yield PhaseRun()
+            with nullcontext() if plan is None else self._aside(plan):
+                yield PhaseRun()
             return
-        with self._aside():
+        with self._aside(None):
             try:
                 for module in own:
                     module.to(self._device)
-                yield PhaseRun()
+                yield PhaseRun({} if plan is None else plan.settings)
             finally:
                 for module in own:
                     module.to("cpu")

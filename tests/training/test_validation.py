@@ -1,6 +1,7 @@
 """Clips made on the way: right, repeatable, and without a trace in the run."""
 
 import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from diffsynth.device import resolve_device
-from diffsynth.errors import Cancelled, CheckpointError, RequestError
+from diffsynth.errors import Cancelled, CheckpointError, MemoryBudgetError, RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.models.ltx2.video_vae import VideoDecoder
 from diffsynth.pipelines.assemble import open_models
-from diffsynth.training.base import open_base
+from diffsynth.training.base import StreamedBase, open_base
+from diffsynth.training.clip_plans import plan_clip
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
@@ -20,7 +22,9 @@ from diffsynth.training.samples import read_index
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.trainer import TrainingStep, train
 from diffsynth.training.validation import Validator
+from diffsynth.utils.audio import read_audio
 from diffsynth.utils.media_io_ltx2 import read_request, read_video, write_video_audio_ltx2
+from tests.pipelines.placed import smallest_of
 from tests.pipelines.tiny import DEV, GEMMA, PICTURES, load
 from tests.standin import StandIn
 from tests.training.clips import write_clip, write_config, write_data_set
@@ -171,6 +175,100 @@ def test_streamed_base_makes_room_and_comes_back(folder: Path) -> None:
     assert files(shown) == files(resident)
     for name in files(shown):
         assert difference(shown, name, resident, name) < 0.5
+
+
+LARGE = "width = 192\nheight = 192\nframes = 17\nsteps = 2\ncfg_scale = 2.0\nevery = 2"
+
+
+def limited(folder: Path, run: str, limit: int | None = None, **sections: str) -> TrainConfig:
+    """On the stand-in with a clip that is much larger than the samples, under a limit in bytes."""
+    model = f'checkpoint = "{DEV}"\ngemma = "{GEMMA}"\ndevice = "standin"\ndtype = "float32"'
+    memory = 'storage = "f32"' + ("" if limit is None else f"\nvram_limit = {limit / 2**30:.15f}")
+    clip = f'[[validation.clips]]\nprompt = "{PROMPT}"'
+    how = {
+        "training": "steps = 1\nlearning_rate = 1e-2",
+        "lora": "rank = 2",
+        "validation": f"{LARGE}\n{clip}",
+    }
+    return configured(folder, run, **{"model": model, "memory": memory, **how, **sections})
+
+
+def base_of(config: TrainConfig) -> StreamedBase:
+    opened = open_models([ModelConfig(path=DEV)]).only(["dit"])
+    base = open_base(config, opened, read_index(config.data.folder))
+    assert isinstance(base, StreamedBase)
+    return base
+
+
+def enough(folder: Path, low: int, **sections: str) -> int:
+    """Nearly the smallest limit under which the clip and the training are planned."""
+    validator, high = Validator(limited(folder, "planned", **sections), resolve_device("standin")), 2**25
+    while high - low > 2**15:
+        middle = (low + high) // 2
+        try:
+            validator.share(base_of(limited(folder, "planned", middle, **sections)).room)
+            high = middle
+        except MemoryBudgetError:
+            low = middle
+    return high
+
+
+def test_a_clip_is_planned_with_the_training(folder: Path) -> None:
+    """Under a limit that keeps only the training it is refused before any step, with one that fits; under one
+    that is accepted, the whole run stays below it."""
+    with StandIn():
+        base = base_of(limited(folder, "none"))
+        training = smallest_of([base.demand], base.budget)
+        limit = enough(folder, training)
+    low = limit - limit // 16
+    assert low > training
+    with StandIn(), pytest.raises(MemoryBudgetError, match=r"\[validation\] .* needs .* of device") as no:
+        train(limited(folder, "refused", low))
+    assert not (folder / "refused" / "metrics.csv").exists()
+    smaller = LARGE
+    for name, value in re.findall(r"(\w+) = (\d+)", no.value.hint):
+        smaller = re.sub(rf"\b{name} = \d+", f"{name} = {value}", smaller)
+    assert smaller != LARGE
+    clip = f'[[validation.clips]]\nprompt = "{PROMPT}"'
+    for config, capacity in (
+        (limited(folder, "smaller", low, validation=f"{smaller}\n{clip}"), low),
+        (limited(folder, "run", limit), limit),
+    ):
+        with StandIn(capacity_bytes=capacity) as device:
+            train(config)
+            assert device.peak_bytes <= capacity
+        assert files(config) == ["step_00000_1.mp4"]
+
+
+def test_denoising_takes_blocks_off_the_device(folder: Path) -> None:
+    """Where they have to make room for a clip, it comes out as without a limit, and so does the training."""
+    alone = {"strategy": 'video = "none"'}
+    with StandIn():
+        free = limited(folder, "free", **alone)
+        without = load_file(train(free))
+        base = base_of(free)
+        config = limited(
+            folder,
+            "tight",
+            limit := enough(folder, smallest_of([base.demand], base.budget), **alone),
+            **alone,
+        )
+        validator, placed = Validator(config, resolve_device("standin")), base_of(config)
+        (request,) = validator.missing(0).values()
+        plans = plan_clip(request, load(stage2_lora=None).parts, placed.room)
+    print(
+        {k: (v.num_blocks, v.residents, v.slots, v.peak_vram_bytes) for k, v in plans.items()},
+        placed.room,
+        limit,
+    )
+    assert len(plans["denoise 1"].residents) < len(placed.plan.residents)
+    with StandIn(capacity_bytes=limit):
+        tight = load_file(train(config))
+    assert all(torch.equal(without[key], tight[key]) for key in without)
+    first, second = (
+        read_audio(each.output.folder / "validation" / "step_00000_1.wav") for each in (free, config)
+    )
+    assert torch.equal(first.samples, second.samples)
 
 
 def test_mistakes_are_named_before_any_step(folder: Path) -> None:
