@@ -48,7 +48,8 @@ def files(folder: Path | None = None) -> NanoFiles:
         distilled_lora=folder / "nano-distilled-lora.safetensors",
         framed_lora=folder / "nano-framed-lora.safetensors",
     )
-    needed = (found.checkpoint, found.gemma / "model.safetensors", found.upsampler, found.distilled_lora)
+    loras = (found.distilled_lora, found.framed_lora)
+    needed = (found.checkpoint, found.gemma / "model.safetensors", found.upsampler, *loras)
     missing = [str(path.relative_to(folder)) for path in needed if not path.is_file()]
     if missing:
         raise CheckpointError(

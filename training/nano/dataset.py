@@ -21,7 +21,7 @@ SAMPLE_RATE = 24000
 
 
 def write_clips(
-    folder: Path, count: int, *, framed: bool, side: int, num_frames: int, seed: int, untold: int = 6
+    folder: Path, count: int, *, framed: bool, side: int, num_frames: int, seed: int, untold: int = 3
 ) -> Path:
     """Write ``clip_000.mp4`` and so on, and the table that names them.
 
@@ -58,7 +58,7 @@ def main(
     side: Annotated[int, typer.Option(help="Of the pictures, in pixels.")] = 256,
     num_frames: Annotated[int, typer.Option(help="8k + 1.")] = 25,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
-    untold: Annotated[int, typer.Option(help="Every so many clips the caption says nothing; 0: never.")] = 6,
+    untold: Annotated[int, typer.Option(help="Every so many clips the caption says nothing; 0: never.")] = 3,
 ) -> None:
     """Draw clips with sound and write them with their captions."""
     table = write_clips(
