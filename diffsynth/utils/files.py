@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ def atomic_file(path: str | Path, *, argument: str = "") -> Iterator[Path]:
     # A link keeps pointing at its file; the replacement happens where the file is.
     final = Path(os.path.realpath(path))
     temporary = _create_beside(final, path, argument)
+    rights = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        temporary.chmod(rights)  # safetensors puts a file of its own there, which its owner alone may read
         _flush(temporary)
         temporary.replace(final)
     except BaseException as error:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffsynth.errors import OutputError
 from diffsynth.utils.files import atomic_file, check_writable, write_file
@@ -43,9 +45,11 @@ def test_access_rights_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_file(tmp_path / "a", "x")
+        with atomic_file(tmp_path / "b") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"] == [0o640, 0o640]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
