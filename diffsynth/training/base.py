@@ -21,6 +21,7 @@ from diffsynth.training.optimiser import STATE_BYTES
 from diffsynth.training.samples import SampleEntry
 from diffsynth.training.stash import HostStash, Stash
 from diffsynth.vram.cache import PackedCache
+from diffsynth.vram.formats import as_is
 from diffsynth.vram.managed import ManagedModule
 from diffsynth.vram.plan import PhasePlan, readable_bytes
 from diffsynth.vram.planner import Budget, plan
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 class Base(Protocol):
     """The network that is trained, or that an adapter is trained on."""
+
+    @property
+    def storage(self) -> str:
+        """Format of its weights: equal ones of equal files have equal bits."""
+        ...
 
     @property
     def stash(self) -> Stash | None:
@@ -106,6 +112,7 @@ class ResidentBase:
         self._opened = opened
         self._device = device
         self._dtype = dtype
+        self.storage = str(as_is(dtype))
         self.stash = HostStash(backend_for(device)) if memory.activations == HOST else None
 
     def hold(self, name: str) -> AbstractContextManager[None]:
@@ -166,6 +173,7 @@ class StreamedBase:
         self._backend = backend
         weights = {PART_OF[kind]: network for kind, network in opened.networks.items()}
         storage = memory.limits.storage_policy(opened.configs, opened.networks)
+        self.storage = storage.policy_of(PART, weights[PART], parts.dtype)
         cache = PackedCache() if memory.cache else None
         self._weights = PackedWeights(weights, storage, parts.dtype, backend, cache=cache)
         kept = self._weights.host_bytes()

@@ -110,10 +110,11 @@ def _train(
     validator = Validator(config, device) if config.validation.clips and workers.first else None
     opened = open_models([ModelConfig.named(name) for name in config.model.checkpoint]).only(["dit"])
     files = [path for weights in opened.networks.values() for path in weights.files.paths]
-    fingerprint = _fingerprint(config, entries, digest_of(files, ""))
     base = open_base(config, opened, entries)
     if validator is not None:
         validator.share(base.room)
+    model = {"checkpoint": digest_of(files, ""), "dtype": config.model.dtype, "storage": base.storage}
+    fingerprint = _fingerprint(config, entries, model)
     smaller = (
         "[memory] vram_limit, gradient_checkpointing = true, batch_size = 1, smaller buckets, a lower rank"
     )
@@ -352,12 +353,11 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {"trigger": config.data.trigger} | {name: asdict(getattr(config, name)) for name in sections}
 
 
-def _fingerprint(config: TrainConfig, entries: Sequence[SampleEntry], model: str) -> Fingerprint:
+def _fingerprint(config: TrainConfig, entries: Sequence[SampleEntry], model: Mapping[str, str]) -> Fingerprint:
     """What must be equal for a run to go on: everything that decides its bits."""
     settings = _settings(config)
     del settings["training"]["gradient_checkpointing"]
     if config.schedule.name == ScheduleName.CONSTANT:
         del settings["training"]["steps"]  # such a run may become longer
-    samples = [entry.file for entry in entries]
-    facts = {"model": {"checkpoint": model, "dtype": config.model.dtype}, "data": {"samples": samples}}
+    facts = {"model": model, "data": {"samples": [entry.file for entry in entries]}}
     return json.loads(json.dumps({**settings, **facts}))

@@ -196,6 +196,8 @@ def test_resumed_runs_are_equal_and_count_their_bytes(
     states = [load_file(Checkpoints(config.output.folder).state(4)) for config in (unbroken, broken)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    with pytest.raises(RequestError, match=r"other settings: model\.storage"):
+        train(configured("broken", 'storage = "int4"', **how), resume=True)
     resident = load_file(train(configured("resident", 'storage = "int8"', **how)))
     assert all(torch.equal(first[key], resident[key]) for key in resident)
 
