@@ -62,27 +62,29 @@ def train(
     diffsynth train CONFIG.
     """
     from diffsynth.training.config_file import read_config
+    from diffsynth.training.state import Checkpoints
     from diffsynth.training.trainer import train as run
     from diffsynth.training.workers import process_number
 
     quiet = quiet or process_number() > 0
-
+    settings = read_config(config)
     try:
-        settings = read_config(config)
-        with _interruptible() as should_stop, _bar(quiet) as on_step:
+        with _bar(quiet) as show, _interruptible(show) as (on_step, should_stop):
             adapter = run(settings, resume=resume, on_step=on_step, should_stop=should_stop)
     except KeyboardInterrupt as error:
+        states = Checkpoints(settings.output.folder).states()
         raise Cancelled(
-            "cancelled in the middle of a step",
-            hint="--resume to go on from the last saved state",
+            "cancelled, and not saved",
+            hint=f"--resume to go on after step {max(states)}" if states else "the same command again",
         ) from error
     if process_number() == 0:
         logger.info("%s", adapter)
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the ``with`` block the first Ctrl-C only asks to stop; a second one interrupts.
+def _interruptible(show: "OnStep") -> Iterator[tuple["OnStep", Callable[[], bool]]]:
+    """Within the ``with`` block the first Ctrl-C only asks to stop, once the run has begun; a second one
+    interrupts, and so does one while the model is read, when there is nothing to save.
 
     torchrun passes every Ctrl-C on, which the terminal has sent already: shortly after the first it is the
     same one.
@@ -90,11 +92,19 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     from diffsynth.training.workers import process_count
 
     asked_s: float | None = None
-    echo_s = _ECHO_S if process_count() > 1 else 0.0
+    several = process_count() > 1
+    echo_s, begun = (_ECHO_S if several else 0.0), several
+
+    def on_step(step: "TrainingStep") -> None:
+        nonlocal begun
+        begun = True
+        show(step)
 
     def ask(_: int, __: FrameType | None) -> None:
         nonlocal asked_s
         now_s = time.monotonic()
+        if not begun:
+            raise KeyboardInterrupt
         if asked_s is None:
             asked_s = now_s
             logger.warning("the run is saved after this step; Ctrl-C once more ends it at once")
@@ -103,7 +113,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield lambda: asked_s is not None
+        yield on_step, lambda: asked_s is not None
     finally:
         signal.signal(signal.SIGINT, before)
 

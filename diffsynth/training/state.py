@@ -90,7 +90,7 @@ class TrainingState:
             CheckpointError: it is damaged or something else.
             RequestError: the run was another one; the settings that differ are named.
         """
-        tensors, metadata = load_tensors(path, FORMAT, hint="delete it to go on from an earlier state")
+        tensors, metadata = load_tensors(path, FORMAT, hint="another [output] folder to begin anew")
         differing = _differing(json.loads(metadata["fingerprint"]), json.loads(json.dumps(fingerprint)))
         if differing:
             raise RequestError(

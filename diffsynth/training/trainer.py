@@ -74,7 +74,7 @@ def train(
         resume: go on from the last state in the output folder; on one machine every bit comes out as if the
             run had never been stopped, as far as the kernels of the device add in a fixed order.
         on_step: called before the first and after every step.
-        should_stop: asked after every step; on True the run is saved and ends.
+        should_stop: asked before every step; on True the run is saved and ends.
 
     Returns:
         The file of the last step: an adapter in the official key format, or a checkpoint.
@@ -211,6 +211,13 @@ class TrainingRun:
         try:
             self._validate(should_stop)
             while self.step < steps:
+                if self._workers.any(should_stop()):
+                    self.save(checkpoints)
+                    self._workers.any(False)  # nobody ends before the file is whole
+                    raise Cancelled(
+                        f"stopped after step {self.step} of {steps}, saved in {checkpoints.folder}",
+                        hint="the same command with --resume to go on",
+                    )
                 values = self.advance()
                 for sink in metrics:
                     sink.write(self.step, values)
@@ -218,13 +225,6 @@ class TrainingRun:
                 if self.step % output.save_every == 0 or self.step == steps:
                     self.save(checkpoints)
                 self._validate(should_stop)
-                if self.step < steps and self._workers.any(should_stop()):
-                    self.save(checkpoints)
-                    self._workers.any(False)  # nobody ends before the file is whole
-                    raise Cancelled(
-                        f"stopped after step {self.step} of {steps}, saved in {checkpoints.folder}",
-                        hint="the same command with --resume to go on",
-                    )
         finally:
             for sink in metrics:
                 sink.close()
@@ -353,7 +353,9 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {"trigger": config.data.trigger} | {name: asdict(getattr(config, name)) for name in sections}
 
 
-def _fingerprint(config: TrainConfig, entries: Sequence[SampleEntry], model: Mapping[str, str]) -> Fingerprint:
+def _fingerprint(
+    config: TrainConfig, entries: Sequence[SampleEntry], model: Mapping[str, str]
+) -> Fingerprint:
     """What must be equal for a run to go on: everything that decides its bits."""
     settings = _settings(config)
     del settings["training"]["gradient_checkpointing"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth.cli.train import _interruptible
+from diffsynth.training.trainer import TrainingStep, silent
 from tests.cli.command import Ended, Here
 from tests.training.clips import write_clip, write_config, write_data_set
 from tests.training.narrow import write_narrow, write_samples
@@ -99,3 +101,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(here: Here, tmp_path: Path) -> None:
     assert (
         tmp_path / "run" / "checkpoints" / f"lora_weights_step_{int(done[1]) + 1:05d}.safetensors"
     ).exists()
+
+
+def test_ctrl_c_before_the_run_begins_ends_it_at_once() -> None:
+    """Then there is nothing to save; later the first one asks, and the second one ends it."""
+    with _interruptible(silent) as (on_step, should_stop):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        on_step(TrainingStep(step=0, steps=1, values={}))
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

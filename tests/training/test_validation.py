@@ -121,6 +121,17 @@ def test_stopped_in_a_round_and_resumed(folder: Path) -> None:
     assert equal(one.state(4), two.state(4))
 
 
+def test_stopped_before_the_first_step(folder: Path) -> None:
+    """No step is made for it, and the clips of the beginning are made when the run goes on."""
+    config, seen = configured(folder, training="steps = 2"), list[TrainingStep]()
+    with pytest.raises(Cancelled, match=r"after step 0 of 2"):
+        train(config, on_step=seen.append, should_stop=lambda: True)
+    assert [step.step for step in seen] == [0]
+    assert files(config) == []
+    train(config, resume=True)
+    assert files(config) == ["step_00000_1.mp4", "step_00002_1.mp4"]
+
+
 def test_every_kind_of_input(folder: Path) -> None:
     write_clip(folder / "reference.mp4")
     clips = "\n".join(
