@@ -33,8 +33,8 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., in).  Returns: (..., out), the dtype of ``x``."""
-        inner = functional.linear(x, self.down.to(x.dtype))
-        return functional.linear(inner, self.up.to(x.dtype)) * self.scale
+        inner = functional.linear(x, self.down.to(x.dtype)) * self.scale  # where it is narrow
+        return functional.linear(inner, self.up.to(x.dtype))
 
 
 class TrainableLora:

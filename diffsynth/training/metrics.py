@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from diffsynth.training.conditions import AUDIO, VIDEO
 from diffsynth.training.strategy import BatchLoss
 from diffsynth.utils.files import write_file
@@ -26,17 +28,20 @@ COLUMNS = (
 class LossMeans:
     """Means over all passes of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses: Iterable[BatchLoss] = ()) -> None:
+        """Args: losses: of the passes, in the end: reading one waits until the device has computed it."""
         self._values: dict[str, list[float]] = defaultdict(list)
+        for loss in losses:
+            self._add(loss)
 
-    def add(self, loss: BatchLoss) -> None:
-        """Take in the losses of a pass."""
-        self._values["loss"].append(float(loss.total.detach()))
+    def _add(self, loss: BatchLoss) -> None:
+        self._values["loss"].append(float(loss.total))
         for name, pair in ((VIDEO, loss.video), (AUDIO, loss.audio)):
             if pair is None:
                 continue
-            self._values[f"{name}_loss"].append(float(pair[0].mean()))
-            for value, sigma in zip(pair[0].tolist(), pair[1].tolist(), strict=True):
+            values, sigmas = torch.stack(pair).tolist()
+            self._values[f"{name}_loss"].append(sum(values) / len(values))
+            for value, sigma in zip(values, sigmas, strict=True):
                 quarter = min(int(sigma * QUARTERS), QUARTERS - 1) + 1
                 self._values[f"{name}_loss_quarter_{quarter}"].append(value)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import ge
 from typing import Any, Protocol
 
 import torch
@@ -38,9 +39,12 @@ class DeviceStash:
 
 @dataclass(eq=False, slots=True)
 class _Kept:
-    """Tensors of one block: host memory that is used again in every pass, and where they are now."""
+    """Tensors of one block, and where they are now."""
 
+    buffers: list[Tensor]
+    """Host memory, bytes; that of a larger pass serves a smaller one."""
     memory: list[Tensor]
+    """The beginnings of the buffers as tensors."""
     done: Event
     """Behind the last copy of them, in either direction."""
     on_device: list[Tensor]
@@ -51,7 +55,7 @@ class HostStash:
     """Copies in page-locked host memory, made beside the computation in both directions.
 
     On the device are the tensors of two blocks: those on their way there or back, and those in use.  Host
-    memory is taken in the first pass and used again in the others, as long as shapes stay.
+    memory is taken in the first pass and used again in all that are not larger: page-locking takes long.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -66,7 +70,7 @@ class HostStash:
     @property
     def host_bytes(self) -> int:
         """Host memory held now."""
-        return sum(memory.nbytes for kept in self._kept for memory in kept.memory)
+        return sum(buffer.nbytes for kept in self._kept for buffer in kept.buffers)
 
     def put(self, tensors: Sequence[Tensor]) -> int:
         """See :class:`Stash`."""
@@ -105,21 +109,20 @@ class HostStash:
         self._depth = 0
 
     def _place(self, number: int, tensors: Sequence[Tensor]) -> _Kept:
-        if number < len(self._kept):
-            kept = self._kept[number]
-            same = [(m.shape, m.dtype) for m in kept.memory] == [(t.shape, t.dtype) for t in tensors]
-            if same:
-                return kept
-            kept.done.synchronize()  # other shapes: its memory goes
-        memory = [self._host_like(tensor) for tensor in tensors]
-        kept = _Kept(memory, self._backend.event(), [])
-        self._kept[number : number + 1] = [kept]
-        return kept
-
-    def _host_like(self, tensor: Tensor) -> Tensor:
+        sizes = [tensor.nbytes for tensor in tensors]
+        kept = self._kept[number] if number < len(self._kept) else None
         with torch.inference_mode(False):
-            buffer = self._backend.host_buffer(tensor.numel() * tensor.element_size())
-            return buffer.view(tensor.dtype).view(tensor.shape)
+            if kept is None or not _holds([buffer.nbytes for buffer in kept.buffers], sizes):
+                if kept is not None:
+                    kept.done.synchronize()  # its memory goes
+                buffers = [self._backend.host_buffer(size) for size in sizes]
+                kept = _Kept(buffers, [], self._backend.event(), [])
+                self._kept[number : number + 1] = [kept]
+            kept.memory = [
+                buffer[:size].view(tensor.dtype).view(tensor.shape)
+                for buffer, size, tensor in zip(kept.buffers, sizes, tensors, strict=True)
+            ]
+        return kept
 
     def _fetch(self, kept: _Kept) -> None:
         """Begin to bring tensors back; those that never went need not."""
@@ -138,3 +141,8 @@ class HostStash:
         if kept.on_device:
             self._backend.wait(self._backend.compute_stream(), kept.done)
             kept.on_device = []
+
+
+def _holds(there: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether buffers of these sizes are as many as the tensors, and none is smaller."""
+    return len(there) == len(wanted) and all(map(ge, there, wanted))

@@ -30,7 +30,7 @@ from diffsynth.training.optimiser import make_optimiser
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
-from diffsynth.training.strategy import Strategy, check_samples, reference_factor
+from diffsynth.training.strategy import BatchLoss, Strategy, check_samples, reference_factor
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 from diffsynth.training.validation import Validator
 from diffsynth.training.workers import Workers, joined
@@ -246,13 +246,14 @@ class TrainingRun:
         rate = training.learning_rate * self.config.schedule.factor(self.step, training.steps)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        losses, moved = LossMeans(), self._base.traffic
+        moved = self._base.traffic
         self._optimiser.zero_grad(set_to_none=True)
         with self._checkpointed():
-            for number in self._workers.share(training.gradient_accumulation):
-                self._accumulate(self.step * training.gradient_accumulation + number, losses)
+            passes = self._workers.share(training.gradient_accumulation)
+            begin = self.step * training.gradient_accumulation
+            own = [self._accumulate(begin + number) for number in passes]
         self._workers.add_gradients(list(self.parameters.values()))
-        losses = LossMeans.merged(self._workers.gathered(losses))
+        losses = LossMeans.merged(self._workers.gathered(LossMeans(own)))
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), training.max_grad_norm or float("inf")
         )
@@ -274,7 +275,7 @@ class TrainingRun:
             **({} if moved is None or now is None else {"bytes_to_device": (now - moved).bytes_to_device}),
         }
 
-    def _accumulate(self, number: int, losses: LossMeans) -> None:
+    def _accumulate(self, number: int) -> BatchLoss:
         """Add the gradients of a batch, ``number`` counted from the beginning of the run."""
         folder, training = self.config.data.folder, self.config.training
         samples = [Sample.load(folder / self._entries[i].file) for i in self._plan.batch(number)]
@@ -282,13 +283,14 @@ class TrainingRun:
         streams = self._strategy.streams(samples, source, self._device)
         loss = self._strategy.loss(self._network, streams)
         torch.autograd.backward(loss.total / training.gradient_accumulation)
-        losses.add(loss)
+        return replace(loss, total=loss.total.detach())
 
     def _update_mean(self) -> None:
-        keep = self.config.training.ema_decay
-        with torch.no_grad():
-            for name, value in self._mean.items():
-                value.lerp_(self.parameters[name], 1 - keep)
+        if not self._mean:
+            return
+        with torch.no_grad():  # thousands of small tensors: one by one they cost more than all at once
+            new: list[Tensor] = [self.parameters[name] for name in self._mean]
+            torch._foreach_lerp_(list(self._mean.values()), new, 1 - self.config.training.ema_decay)
 
     def _validate(self, should_stop: Callable[[], bool]) -> None:
         """Make the clips of this step, with the running mean where there is one."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffsynth.device import backend_for
 from diffsynth.errors import Cancelled, MemoryBudgetError, RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.pipelines.assemble import open_models
@@ -22,6 +23,7 @@ from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.samples import Sample, read_index
+from diffsynth.training.stash import HostStash
 from diffsynth.training.state import Checkpoints
 from diffsynth.training.strategy import Strategy
 from diffsynth.training.trainer import TrainingStep, train
@@ -239,3 +241,24 @@ def test_hidden_states_on_the_host_without_a_memory_manager(configured: Callable
         assert device.counters.device_to_host_copies > BLOCKS
         assert device.counters.pageable_copies == 0
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_host_memory_of_a_larger_pass_serves_smaller_ones() -> None:
+    """Buckets take turns: page-locked memory is not taken anew for every other pass."""
+    with StandIn() as device:
+        stash = HostStash(backend_for(device.torch_device))
+        held = []
+        for rows in (3, 5, 2, 5, 3):
+            put = [
+                [torch.full((rows, 2), float(10 * rows + block), device=device.torch_device)]
+                for block in range(4)
+            ]
+            tickets = [stash.put(tensors) for tensors in put]
+            held.append(stash.host_bytes)
+            for ticket, tensors in zip(reversed(tickets), reversed(put), strict=True):
+                (taken,) = stash.take(ticket)
+                assert torch.equal(taken.cpu(), tensors[0].cpu())
+        assert device.counters.device_to_host_copies > 0
+        assert held == [4 * 3 * 8] + [4 * 5 * 8] * 4
+        stash.close()
+        assert stash.host_bytes == 0
