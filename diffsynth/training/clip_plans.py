@@ -21,8 +21,8 @@ from diffsynth.vram.planner import Budget, PhaseDemand, fits, plan
 
 _DENOISE = "denoise"
 _SHARES = (0.75, 0.5, 0.375, 0.25)
-_OUTPUTS = 3
-"""Of a layer with an adapter: what is added, before and after the scale, and the sum."""
+_OUTPUTS = 2
+"""Of a layer with an adapter: what is added, and the sum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
