@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,13 +50,28 @@ def demo(
             loras=(),
             machine=machine.MachineOptions.of(device, machine.DEFAULT_DTYPE, None, None, None, False),
         )
-        run(request=request, models=models, output=output, quiet=quiet)
+        with _one_thread():
+            run(request=request, models=models, output=output, quiet=quiet)
         seconds = time.monotonic() - begun
         seen, heard, verdict = look_at(output, description)
     except KeyboardInterrupt as error:
         raise Cancelled("cancelled; nothing half-written was left") from error
     typer.echo("\n".join(report(description, seen, heard, verdict)))
     typer.echo(f"The video is in {output.absolute()} ({seconds:.0f} s)")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain little from more, and threads that wait for each other lose much on a busy
+    machine.  Bits depend on the number of threads too: with one, the clip does not depend on the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def look_at(file: Path, description: Description) -> "tuple[Picture, Sound, Verdict]":
