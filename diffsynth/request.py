@@ -117,6 +117,9 @@ class GenerateRequest:
     in_context_downsample_factor: int | None = _option(
         None, "size of the first stage over size of the reference clips; default: as the LoRA says, else 2"
     )
+    in_context_temporal_factor: int | None = _option(
+        None, "frames of the video per frame of the reference clips; default: as the LoRA says, else 1"
+    )
     in_context_strength: float | tuple[float, ...] = _option(
         1.0, "how strictly a reference clip is kept, 0..1: one number for all or one per clip"
     )
@@ -173,10 +176,11 @@ class GenerateRequest:
         if not self.fit:
             return self
         step = size_step(self) * (self.reference_factor if self.in_context_videos else 1)
+        time = TEMPORAL_STEP * (self.temporal_factor if self.in_context_videos else 1)
         cut = {
             "height": self.height // step * step,
             "width": self.width // step * step,
-            "num_frames": (self.num_frames - 1) // TEMPORAL_STEP * TEMPORAL_STEP + 1,
+            "num_frames": (self.num_frames - 1) // time * time + 1,
         }
         changed: dict[str, Any] = {
             name: value for name, value in cut.items() if 0 < value != getattr(self, name)
@@ -197,6 +201,11 @@ class GenerateRequest:
     def reference_factor(self) -> int:
         """Size of the first stage over the size of the reference clips."""
         return self.in_context_downsample_factor or DEFAULT_DOWNSAMPLE_FACTOR
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames of the video per frame of the reference clips that is encoded, the first ones left out."""
+        return self.in_context_temporal_factor or 1
 
     @property
     def weighs_references(self) -> bool:

@@ -27,6 +27,7 @@ _EXAMPLES: Mapping[str, str] = {
     "num_frames": "121",
     "num_inference_steps": "40",
     "in_context_downsample_factor": "2",
+    "in_context_temporal_factor": "1",
 }
 
 
@@ -158,7 +159,13 @@ def _check_references(request: "GenerateRequest") -> None:
         raise RequestError(
             "in_context_attention_mask is given without in_context_videos", hint="pass in_context_videos too"
         )
-    factor = request.in_context_downsample_factor
+    time, factor = TEMPORAL_STEP * request.temporal_factor, request.in_context_downsample_factor
+    if count and (request.num_frames - 1) % time:
+        raise RequestError(
+            f"num_frames={request.num_frames} is not {time}k+1, as reference clips of every "
+            f"{request.temporal_factor}th frame need it",
+            hint=_nearest(request.num_frames, time, 1),
+        )
     if not count or factor is None:
         return
     step = size_step(request) * factor

@@ -23,6 +23,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "input_images_as_keyframes",
         "in_context_videos",
         "in_context_downsample_factor",
+        "in_context_temporal_factor",
         "in_context_strength",
         "in_context_attention_strength",
         "in_context_attention_mask",

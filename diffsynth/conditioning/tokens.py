@@ -141,6 +141,15 @@ def reference_positions(
     return _batched(positions, batch)
 
 
+def reference_frames(num_frames: int, temporal_scale_factor: int) -> list[int]:
+    """Frames of a clip that its sparse reference consists of: the first, then every one in so many from the
+    second on, so that each stands for as many frames of the target.
+
+    ``num_frames`` is one more than a multiple of eight times the factor.  Source: the official LTX-2 trainer.
+    """
+    return [0, *range(1, num_frames, temporal_scale_factor)]
+
+
 def audio_positions(frames: int, *, shift: int = 0, causal: bool = True, batch: int = 1) -> Tensor:
     """Positions of audio latents: (B, 1, frames, 2) float32 on the CPU, seconds.
 

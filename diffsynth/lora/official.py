@@ -38,17 +38,19 @@ def official_tensors(
 
 
 def official_metadata(
-    base_model: str, record: Mapping[str, object], reference_factor: int | None = None
+    base_model: str, record: Mapping[str, object], reference_factors: tuple[int, int] | None = None
 ) -> dict[str, str]:
     """The metadata of a file.
 
     Args:
         base_model: "LTX-2" or "LTX-2.3"; :func:`~diffsynth.lora.file.read_lora` warns on the other one.
         record: what made the file, ready for JSON; kept under ``training``.
-        reference_factor: size of the video / size of its reference clips, for an in-context LoRA.
+        reference_factors: size of the video / size of its reference clips, and frames alike, for an
+            in-context LoRA.
     """
     stated = {"format": "pt", "base_model": base_model, "training": json.dumps(record, ensure_ascii=False)}
-    if reference_factor is None:
+    if reference_factors is None:
         return stated
+    size, time = map(str, reference_factors)
     names = ("reference_downscale_factor", "reference_spatial_scale_factor")
-    return stated | dict.fromkeys(names, str(reference_factor)) | {"reference_temporal_scale_factor": "1"}
+    return stated | dict.fromkeys(names, size) | {"reference_temporal_scale_factor": time}

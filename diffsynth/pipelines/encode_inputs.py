@@ -18,7 +18,7 @@ from diffsynth.conditioning.items import (
     TemporalRegion,
     token_weights,
 )
-from diffsynth.conditioning.tokens import Grid
+from diffsynth.conditioning.tokens import Grid, reference_frames
 from diffsynth.device import capabilities
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.audio_vae import AudioEncoder
@@ -30,7 +30,7 @@ from diffsynth.pipelines.inputs import ClipFrames
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.stages import Stage, keeps_audio, keeps_video
 from diffsynth.pipelines.state import GenerationState
-from diffsynth.request import Region
+from diffsynth.request import GenerateRequest, Region
 from diffsynth.sampling.conventions import ImageFit
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.images import FitMode, compress_round_trip, fit_frames, fit_image, fit_mask
@@ -124,8 +124,13 @@ class EncodeVideoInputs:
     ) -> list[ConditioningItem]:
         stage, factor = self.stage, state.request.reference_factor
         size = (stage.height // factor, stage.width // factor)
-        latent = self._encode_clip(parts, state, clip, size, tiling)
-        item = ReferenceClip(latent=latent, downscale_factor=factor, strength=strength)
+        latent = self._encode_clip(parts, state, _sparse(clip, state.request), size, tiling)
+        item = ReferenceClip(
+            latent=latent,
+            downscale_factor=factor,
+            temporal_scale_factor=state.request.temporal_factor,
+            strength=strength,
+        )
         if not state.request.weighs_references:
             return [item]
         frames, rows, columns = latent.shape[2:]
@@ -136,7 +141,7 @@ class EncodeVideoInputs:
         mask, strength = state.inputs.in_context_attention_mask, state.request.in_context_attention_strength
         if mask is None:
             return strength
-        pixels = fit_mask(mask, self.stage.height, self.stage.width)
+        pixels = fit_mask(_sparse(mask, state.request), self.stage.height, self.stage.width)
         return token_weights(pixels, grid, strength)
 
     def _encode_clip(
@@ -227,3 +232,9 @@ def _pixels(image: Image.Image, height: int, width: int, crf: int, fit: ImageFit
     if fit is ImageFit.STRETCH:
         return fit_image(compress_round_trip(image.resize((width, height)), crf), height, width, "stretch")
     return fit_image(compress_round_trip(image, crf), height, width, "crop")
+
+
+def _sparse(clip: ClipFrames, request: GenerateRequest) -> ClipFrames:
+    """The frames of a reference clip that are encoded."""
+    kept = reference_frames(len(clip), request.temporal_factor)
+    return clip[kept] if isinstance(clip, Tensor) else tuple(clip[frame] for frame in kept)

@@ -263,6 +263,7 @@ class LTX2AudioVideoPipeline:
         input_images_as_keyframes: bool = False,
         in_context_videos: Sequence[Clip] | None = None,
         in_context_downsample_factor: int | None = None,
+        in_context_temporal_factor: int | None = None,
         in_context_strength: float | Sequence[float] = 1.0,
         in_context_attention_strength: float = 1.0,
         in_context_attention_mask: Clip | None = None,

@@ -128,8 +128,9 @@ class _Search:
         if request.retake_video is not None:
             return []
         shortest = max((1 + frame for frame in request.image_frames()), default=1)
-        start = (request.num_frames - 1) // TEMPORAL_STEP * TEMPORAL_STEP + 1 - TEMPORAL_STEP
-        return list(range(start, shortest - 1, -TEMPORAL_STEP))
+        step = TEMPORAL_STEP * (request.temporal_factor if request.in_context_videos else 1)
+        start = (request.num_frames - 1) // step * step + 1 - step
+        return list(range(start, shortest - 1, -step))
 
     def _sizes_px(self) -> list[tuple[int, int]]:
         """Smaller pictures of about the same shape, largest first."""

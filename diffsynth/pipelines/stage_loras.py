@@ -1,12 +1,13 @@
 """Which LoRAs are active in which stage, and what they ask of a request."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from diffsynth.errors import RequestError
 from diffsynth.lora import Lora, LoraStack
+from diffsynth.lora.file import ReferenceScale
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import GenerateRequest
 
@@ -57,10 +58,10 @@ class StageLoraBook:
         return found
 
     def with_reference_factor(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the size of its reference clips as the active LoRAs state it.
+        """The request with size and spacing of its reference clips as the active LoRAs state them.
 
         Raises:
-            RequestError: two of them state different sizes, or one needs references of fewer frames.
+            RequestError: two of them state different ones.
         """
         if not request.in_context_videos or self.stack is None:
             return request
@@ -72,12 +73,7 @@ class StageLoraBook:
                 f"in_context_videos: the LoRAs want references of different sizes ({listed})",
                 hint="load only one of them; pipe.clear_lora() takes all away",
             )
-        sparse = [source for source, each in references if each.temporal_factor != 1]
-        if sparse:
-            raise RequestError(
-                f"in_context_videos: {sparse[0]} wants references with fewer frames, which are not supported",
-                hint="another LoRA",
-            )
+        request = self._with_spacing(request, references)
         given, wanted = (
             request.in_context_downsample_factor,
             max((factor for _, factor in stated), default=None),
@@ -86,6 +82,29 @@ class StageLoraBook:
             return replace(request, in_context_downsample_factor=wanted or request.reference_factor)
         if wanted not in (None, given):
             logger.warning("in_context_downsample_factor=%s, but the LoRA was made for %s", given, wanted)
+        return request
+
+    @staticmethod
+    def _with_spacing(
+        request: GenerateRequest, references: Sequence[tuple[str, ReferenceScale]]
+    ) -> GenerateRequest:
+        """The request with the temporal factor of its reference clips.
+
+        Raises:
+            RequestError: see :meth:`with_reference_factor`.
+        """
+        stated = [(source, each.temporal_factor) for source, each in references if each.source != "default"]
+        if len({factor for _, factor in stated}) > 1:
+            listed = ", ".join(f"{source}: {factor}" for source, factor in stated)
+            raise RequestError(
+                f"in_context_videos: the LoRAs want references of different frame rates ({listed})",
+                hint="load only one of them; pipe.clear_lora() takes all away",
+            )
+        given, wanted = request.in_context_temporal_factor, max((f for _, f in stated), default=None)
+        if given is None and wanted is not None:
+            return replace(request, in_context_temporal_factor=wanted)
+        if wanted not in (None, given):
+            logger.warning("in_context_temporal_factor=%s, but the LoRA was made for %s", given, wanted)
         return request
 
 

@@ -21,7 +21,8 @@ def video_tokens(request: GenerateRequest, stage: Stage) -> int:
     tokens += height * width * len(request.keyframes())
     if stage.number == 1:
         factor = request.reference_factor
-        tokens += len(request.in_context_videos) * frames * (height // factor) * (width // factor)
+        kept = (frames - 1) // request.temporal_factor + 1
+        tokens += len(request.in_context_videos) * kept * (height // factor) * (width // factor)
     return tokens
 
 
@@ -42,7 +43,8 @@ def encoded_clips(request: GenerateRequest, stage: Stage) -> list[tuple[int, int
         clips.append((request.num_frames, stage.height, stage.width))
     if stage.number == 1:
         factor = request.reference_factor
-        one = (request.num_frames, stage.height // factor, stage.width // factor)
+        kept = (request.num_frames - 1) // request.temporal_factor + 1
+        one = (kept, stage.height // factor, stage.width // factor)
         clips += [one] * len(request.in_context_videos)
     return clips
 

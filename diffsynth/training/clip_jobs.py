@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, reference_frames
 from diffsynth.errors import RequestError
 from diffsynth.training.clips import ClipSource
 from diffsynth.training.config import Bucket, DataSection
@@ -128,7 +128,7 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
             f"{clip.path.name} has no readable caption", hint="one in the list, or a .txt file"
         )
     bucket, fps, duration_s = _length(clip, data)
-    reference = _reference(clip, bucket) if data.reference_scale and bucket is not None else None
+    reference = _reference(clip, bucket, data) if data.reference_scale and bucket is not None else None
     video_mask = _mask(clip.video_mask, data.video_masks, clip.path) if data.video else None
     audio_mask = _mask(clip.audio_mask, data.audio_masks, clip.path) if data.audio else None
     if data.audio_reference and clip.audio_reference is None:
@@ -155,6 +155,8 @@ def _job(clip: ClipSource, data: DataSection, models: str) -> ClipJob:
         "video_mask": video_mask,
         "audio_mask": audio_mask,
     }
+    if data.reference_temporal_scale != 1:
+        digest.update(f"every {data.reference_temporal_scale}".encode())
     for name, file in further.items():
         if file is not None:
             digest.update(name.encode() + _digest(file))
@@ -185,12 +187,16 @@ def _mask(stated: Path | None, folder: Path | None, clip: Path) -> Path | None:
     return found[0]
 
 
-def _reference(clip: ClipSource, bucket: Bucket) -> Path:
+def _reference(clip: ClipSource, bucket: Bucket, data: DataSection) -> Path:
     if clip.reference is None:
         raise RequestError(f"{clip.path.name} has no reference clip", hint="reference_scale = 0 in [data]")
     num_frames = probe_video(clip.reference, argument="reference").num_frames
-    if num_frames < bucket.frames:
+    sparse = len(reference_frames(bucket.frames, data.reference_temporal_scale))
+    if num_frames < bucket.frames and num_frames != sparse:
         raise RequestError(
-            f"its reference has {num_frames} of {bucket.frames} frames", hint="clips of equal length"
+            f"its reference has {num_frames} of {bucket.frames} frames",
+            hint="clips of equal length"
+            if sparse == bucket.frames
+            else f"{bucket.frames} frames, or {sparse}",
         )
     return clip.reference

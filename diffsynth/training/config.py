@@ -95,6 +95,8 @@ class DataSection:
         audio: make latents of the sound; clips without a sound track are left out and named.
         reference_scale: width and height of the clips, divided by those of their reference clips; 0 without
             references.
+        reference_temporal_scale: frames of the clips per frame of their reference clips, the first ones left
+            out; of a reference clip as long as its clip so many are taken.
         audio_reference: the clips have reference sounds.
         video_masks, audio_masks: folders with a mask for every clip, files of the names of the clips; a mask
             that the list of clips names comes first.
@@ -108,6 +110,7 @@ class DataSection:
     video: bool = True
     audio: bool = True
     reference_scale: int = 0
+    reference_temporal_scale: int = 1
     audio_reference: bool = False
     video_masks: Path | None = None
     audio_masks: Path | None = None
@@ -126,6 +129,11 @@ class DataSection:
             raise RequestError(
                 f"reference_scale={scale}, video={self.video}", hint="reference_scale = 1, video = true"
             )
+        time = self.reference_temporal_scale
+        if time < 1 or (time > 1 and not scale):
+            raise RequestError(
+                f"reference_temporal_scale={time}, reference_scale={scale}", hint="reference_scale = 1"
+            )
         if self.audio_reference and not self.audio:
             raise RequestError("audio_reference with audio=False", hint="audio = true")
         self._check_durations()
@@ -134,6 +142,11 @@ class DataSection:
                 raise RequestError(
                     f"bucket {bucket.width}x{bucket.height} with reference_scale={scale}",
                     hint=f"width and height multiples of {cell * scale}",
+                )
+            if (bucket.frames - 1) % (VIDEO_SCALE[0] * time):
+                raise RequestError(
+                    f"bucket of {bucket.frames} frames with reference_temporal_scale={time}",
+                    hint=f"frames one more than a multiple of {VIDEO_SCALE[0] * time}",
                 )
 
     def _check_durations(self) -> None:

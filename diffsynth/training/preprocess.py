@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S
+from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, reference_frames
 from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
 from diffsynth.models.ltx2.tiling import TileConfig
@@ -118,7 +118,13 @@ def _encode(data: DataSection, parts: Parts, captions: PromptCache, job: ClipJob
         assert bucket is not None, "pictures come in buckets"
         video = _encode_video(parts, job.clip.path, bucket)
         if data.reference_scale and job.clip.reference is not None:
-            reference = _encode_video(parts, job.clip.reference, bucket, data.reference_scale)
+            reference = _encode_video(
+                parts,
+                job.clip.reference,
+                bucket,
+                data.reference_scale,
+                reference_frames(bucket.frames, data.reference_temporal_scale),
+            )
         if job.video_mask is not None:
             video_mask = read_video_mask(job.video_mask, bucket)
     if parts.audio_vae_encoder is not None:
@@ -159,12 +165,19 @@ def _encode_audio(parts: Parts, path: Path, job: ClipJob, *, whole: bool) -> Ten
     return encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
 
 
-def _encode_video(parts: Parts, path: Path, bucket: Bucket, scale: int = 1) -> Tensor:
-    """The beginning of a clip at the size of the bucket, divided by ``scale``: (1, C, F, H, W) float32."""
+def _encode_video(
+    parts: Parts, path: Path, bucket: Bucket, scale: int = 1, kept: Sequence[int] | None = None
+) -> Tensor:
+    """The beginning of a clip at the size of the bucket, divided by ``scale``: (1, C, F, H, W) float32.
+
+    Of all its frames those that are ``kept``, unless the file holds just as many.
+    """
     encoder = parts.video_vae_encoder
     assert encoder is not None
     frames = read_video(path, frame_cap=bucket.frames, argument="clip").frames
-    if len(frames) < bucket.frames:
+    if kept is not None and len(frames) == bucket.frames:
+        frames = frames[list(kept)]
+    if len(frames) != (bucket.frames if kept is None else len(kept)):
         raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
     pixels = fit_frames(frames, bucket.height // scale, bucket.width // scale)
     return encode_tiled(encoder, pixels, TileConfig(), device=parts.device, dtype=parts.dtype).float()

@@ -241,27 +241,34 @@ class Strategy:
         return TrainingStream(modality=modality, target=target, mask=mask.to(device), sigma=sigma.to(device))
 
 
-def reference_factor(video_shape: Sequence[int], reference_shape: Sequence[int]) -> int:
-    """Size of a video / size of its reference, from the shapes (C, F, H, W) of their latents.
+def reference_factors(video_shape: Sequence[int], reference_shape: Sequence[int]) -> tuple[int, int]:
+    """Size of a video / size of its reference, and frames alike, from the shapes (C, F, H, W) of latents.
+
+    The first latent frame is one frame of the clip and does not count.
 
     Raises:
-        CheckpointError: not one whole number, or clips of different lengths.
+        CheckpointError: not whole numbers.
     """
-    factor = video_shape[2] // reference_shape[2]
-    if [*reference_shape[1:2], *(n * factor for n in reference_shape[2:])] != list(video_shape[1:]):
+    size = video_shape[2] // reference_shape[2]
+    time = max(1, (video_shape[1] - 1) // max(1, reference_shape[1] - 1))
+    spanned = [(reference_shape[1] - 1) * time + 1, *(n * size for n in reference_shape[2:])]
+    if spanned != list(video_shape[1:]):
         raise CheckpointError(
             f"a reference of {tuple(reference_shape)} for a video of {tuple(video_shape)}",
-            hint="`diffsynth preprocess` with reference_scale",
+            hint="`diffsynth preprocess` with reference_scale and reference_temporal_scale",
         )
-    return factor
+    return size, time
 
 
 def _with_reference(stream: TrainingStream, samples: Sequence[Sample]) -> TrainingStream:
     """The stream with the clean tokens of the reference clips in front."""
     latent = _stacked([s.reference for s in samples], "reference clip")
     video = next(s.video for s in samples if s.video is not None)
-    factor = reference_factor(video.shape[1:], latent.shape[1:])
-    places = [reference_positions(_grid(latent), s.fps, downscale_factor=factor) for s in samples]
+    size, time = reference_factors(video.shape[1:], latent.shape[1:])
+    places = [
+        reference_positions(_grid(latent), s.fps, downscale_factor=size, temporal_scale_factor=time)
+        for s in samples
+    ]
     return _in_front(stream, latent, torch.cat(places))
 
 

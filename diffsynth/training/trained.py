@@ -52,11 +52,13 @@ class TrainedLora:
 
     name: ClassVar[str] = "lora"
 
-    def __init__(self, lora: TrainableLora, base_model: str, reference_factor: int | None = None) -> None:
+    def __init__(
+        self, lora: TrainableLora, base_model: str, reference_factors: tuple[int, int] | None = None
+    ) -> None:
         """The last two as in :func:`~diffsynth.lora.official.official_metadata`."""
         self.lora = lora
         self._base_model = base_model
-        self._reference_factor = reference_factor
+        self._reference_factors = reference_factors
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """See :class:`Trained`."""
@@ -67,7 +69,7 @@ class TrainedLora:
     ) -> None:
         """See :class:`Trained`."""
         tensors = official_tensors(self.lora.updates(values), dtype)
-        save_tensors(path, tensors, official_metadata(self._base_model, record, self._reference_factor))
+        save_tensors(path, tensors, official_metadata(self._base_model, record, self._reference_factors))
 
     def detach(self) -> None:
         """See :class:`Trained`."""

@@ -30,7 +30,7 @@ from diffsynth.training.optimiser import make_optimiser
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
-from diffsynth.training.strategy import BatchLoss, Strategy, check_samples, reference_factor
+from diffsynth.training.strategy import BatchLoss, Strategy, check_samples, reference_factors
 from diffsynth.training.trained import Trained, TrainedLora, TrainedModel
 from diffsynth.training.validation import Validator
 from diffsynth.training.workers import Workers, joined
@@ -122,16 +122,16 @@ def _train(
         if config.training.mode == FULL:
             trained: Trained = TrainedModel(network, opened.networks[NetworkKind.TRANSFORMER])
         else:
-            factor = _reference_factor(config, entries)
-            trained = TrainedLora(_adapter(config, network), MODEL_NAMES[opened.version], factor)
+            factors = _reference_factors(config, entries)
+            trained = TrainedLora(_adapter(config, network), MODEL_NAMES[opened.version], factors)
         run = TrainingRun(config, base, network, trained, entries, fingerprint, workers, validator)
         if state is not None:
             run.restore(TrainingState.load(state, fingerprint))
         return run.go(checkpoints, on_step, should_stop)
 
 
-def _reference_factor(config: TrainConfig, entries: Sequence[SampleEntry]) -> int | None:
-    """That of the samples, where references are trained on.
+def _reference_factors(config: TrainConfig, entries: Sequence[SampleEntry]) -> tuple[int, int] | None:
+    """Those of the samples, where references are trained on.
 
     Raises:
         CheckpointError: samples with different factors.
@@ -142,9 +142,9 @@ def _reference_factor(config: TrainConfig, entries: Sequence[SampleEntry]) -> in
     for entry in entries:
         assert entry.video_shape is not None, "check_samples has seen to it"
         assert entry.reference_shape is not None
-        factors.add(reference_factor(entry.video_shape, entry.reference_shape))
+        factors.add(reference_factors(entry.video_shape, entry.reference_shape))
     if len(factors) > 1:
-        raise CheckpointError(f"references of the factors {sorted(factors)}", hint="one reference_scale")
+        raise CheckpointError(f"references of the factors {sorted(factors)}", hint="one [data] section")
     return factors.pop()
 
 

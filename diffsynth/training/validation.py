@@ -67,6 +67,7 @@ class Validator:
             self._opened.version,
             audio_only=config.strategy.video == Role.NONE,
             reference_scale=config.data.reference_scale or 1,
+            reference_temporal_scale=config.data.reference_temporal_scale,
         )
         pipe = LTX2AudioVideoPipeline(self._outline)
         self._requests = [pipe.check(request) for request in requests]

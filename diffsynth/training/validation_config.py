@@ -68,7 +68,7 @@ class ValidationSection:
             request.validate()
 
     def requests(
-        self, version: str, *, audio_only: bool, reference_scale: int
+        self, version: str, *, audio_only: bool, reference_scale: int, reference_temporal_scale: int = 1
     ) -> tuple[GenerateRequest, ...]:
         """One per clip.
 
@@ -76,6 +76,7 @@ class ValidationSection:
             version: of the model, "2.0" or "2.3"; it decides the official guidance.
             audio_only: no pictures are trained.
             reference_scale: width and height of the clips, divided by those of their references.
+            reference_temporal_scale: their frames alike.
         """
         preset = OFFICIAL_PRESETS[version]
         full = self.cfg_scale is None
@@ -95,6 +96,7 @@ class ValidationSection:
                 input_images=_names(clip.image),
                 in_context_videos=_names(clip.reference),
                 in_context_downsample_factor=reference_scale if clip.reference is not None else None,
+                in_context_temporal_factor=reference_temporal_scale if clip.reference is not None else None,
                 retake_audio=None if clip.sound is None else str(clip.sound),
                 retake_video=None if clip.video is None else str(clip.video),
                 audio_only=audio_only,

@@ -102,6 +102,9 @@ def test_a_reference_spans_the_area_and_the_time_of_the_target() -> None:
     sparse = tokens.reference_positions((2, 4, 4), 24.0, temporal_scale_factor=2)
     assert sparse[0, 0].max().item() == pytest.approx(target[0, 0].max().item())
     assert sparse.min() == 0
+    assert tokens.reference_frames(17, 2) == [0, 1, 3, 5, 7, 9, 11, 13, 15]
+    assert tokens.reference_frames(17, 1) == list(range(17))
+    assert tokens.reference_frames(1, 4) == [0]
 
 
 def test_a_reference_voice_ends_before_the_beginning() -> None:

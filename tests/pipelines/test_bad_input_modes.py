@@ -15,7 +15,7 @@ from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
 from tests.pipelines.test_bad_input import refused
-from tests.pipelines.tiny import DEV, GEMMA, LORA, PICTURES, call, load
+from tests.pipelines.tiny import DEV, GEMMA, LORA, PICTURES, call, load, same
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -187,10 +187,35 @@ def test_a_lora_says_how_large_its_references_are(
     assert frames.record["request"]["in_context_downsample_factor"] == 2
 
 
-def test_a_lora_for_sparse_references(pipe: LTX2AudioVideoPipeline, tmp_path: Path) -> None:
-    sparse = in_context_lora(tmp_path / "sparse.safetensors", reference_temporal_scale_factor="2")
+def test_a_lora_for_sparse_references(
+    pipe: LTX2AudioVideoPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It decides which frames of the reference count; nobody looks at the others."""
+    stated = {"reference_downscale_factor": "1", "reference_temporal_scale_factor": "2"}
+    sparse = in_context_lora(tmp_path / "sparse.safetensors", **stated)
     pipe.load_lora(pipe.dit, sparse)
-    refused(RequestError, lambda: call(pipe, in_context_videos=[CLIP]), "sparse.safetensors", "fewer frames")
+    refused(
+        RequestError,
+        lambda: call(pipe, in_context_videos=[CLIP]),
+        "num_frames=9 is not 16k+1, as reference clips of every 2th frame",
+        "1 or 17, or fit=True",
+    )
+    clip = [*CLIP, *CLIP][:17]
+    made = call(pipe, in_context_videos=[clip], num_frames=17)
+    assert made[0].record["request"]["in_context_temporal_factor"] == 2
+    kept = [clip[0] if number == 0 else clip[number - (number + 1) % 2] for number in range(17)]
+    assert same(made, call(pipe, in_context_videos=[kept], num_frames=17))
+    with caplog.at_level(logging.WARNING):
+        full = call(pipe, in_context_videos=[clip], num_frames=17, in_context_temporal_factor=1)
+    assert "in_context_temporal_factor=1, but the LoRA was made for 2" in caplog.text
+    assert not same(made, full)
+    pipe.load_lora(pipe.dit, in_context_lora(tmp_path / "full.safetensors", reference_downscale_factor="1"))
+    refused(
+        RequestError,
+        lambda: call(pipe, in_context_videos=[clip], num_frames=17),
+        "different frame rates",
+        "load only one",
+    )
     pipe.clear_lora()
 
 

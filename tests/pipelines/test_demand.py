@@ -23,7 +23,7 @@ from diffsynth.pipelines.stages import plan_stages
 from diffsynth.pipelines.state import GenerationState
 from diffsynth.pipelines.storage import Storage
 from diffsynth.pipelines.units import Denoise, EncodePrompts
-from diffsynth.pipelines.workload import video_tokens
+from diffsynth.pipelines.workload import encoded_clips, video_tokens
 from diffsynth.request import GenerateRequest, GuidanceParams
 from diffsynth.sampling.conventions import OFFICIAL
 from diffsynth.sampling.noise import noise_source
@@ -166,6 +166,9 @@ def test_every_way_to_give_something_has_its_tokens(ltx_2: ModelSizes) -> None:
     )
     tokens = [video_tokens(asked, plan_stages(asked, "2.0")[0]) for asked in (full, half)]
     assert tokens == [192, 96 + 24]
+    sparse = request(*size, in_context_videos=("a",), in_context_temporal_factor=3)
+    assert video_tokens(sparse, plan_stages(sparse, "2.0")[0]) == 96 + 2 * 6
+    assert encoded_clips(sparse, plan_stages(sparse, "2.0")[0]) == [(9, 64, 96)]
     assert full.reference_factor == 1
     assert request(in_context_videos=("a",)).reference_factor == 2
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import torch
 
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
@@ -19,6 +20,19 @@ def write_clip(path: Path, *, frames: int = 9, width: int = 64, height: int = 64
     seconds = torch.arange(round(frames / FPS * RATE)) / RATE
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * seconds).expand(2, -1) if sound else None
     write_video_audio_ltx2(pictures, tone, path, fps=FPS, audio_sample_rate=RATE)
+    return path
+
+
+def write_lossless(path: Path, pictures: torch.Tensor) -> Path:
+    """uint8 (F, H, W, 3) without sound, every value as it is."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=round(FPS))
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "bgr0"
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="bgr0")))
+        container.mux(stream.encode(None))
     return path
 
 

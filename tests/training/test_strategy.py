@@ -15,7 +15,7 @@ from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.conditions import Condition
 from diffsynth.training.samples import Sample
 from diffsynth.training.sigmas import SigmaConfig
-from diffsynth.training.strategy import Strategy, StrategyConfig, TrainingStream
+from diffsynth.training.strategy import Strategy, StrategyConfig, TrainingStream, reference_factors
 
 CPU = torch.device("cpu")
 Make = Callable[..., Sample]
@@ -136,6 +136,29 @@ def test_reference_is_clean_in_front_and_not_in_the_loss(network: LTX2Transforme
     assert loss.video is not None
     by_hand = ((predicted - video.target)[:, 2 + 4 :] ** 2).mean(dim=(1, 2))
     torch.testing.assert_close(loss.video[0], by_hand)
+
+
+def test_sparse_reference_by_hand(make_sample: Make) -> None:
+    """Two latent frames for three of a video of 17 frames at 24 per second: the nine frames of the reference
+    are the first and every second from the second on, so its second latent frame covers frames 1 to 16."""
+    noise = torch.Generator().manual_seed(7)
+    sample = replace(
+        make_sample(1),
+        video=torch.randn(1, 128, 3, 2, 2, generator=noise),
+        reference=torch.randn(1, 128, 2, 1, 1, generator=noise),
+    )
+    video, _ = streams(strategy(reference_probability=1.0), [sample])
+    positions = video.modality.positions[0]
+    # Bounds in frames of the reference: [0, 1), [1, 9); twice as long, shifted by one frame, clamped at 0.
+    cells = [[[0, 1 / 24], [1 / 24, 17 / 24]], [[0, 64.0]] * 2, [[0, 64.0]] * 2]
+    torch.testing.assert_close(positions[:, :2], torch.tensor(cells))
+    torch.testing.assert_close(positions[0, 1, 1], positions[0, -1, 1])
+    assert reference_factors((128, 3, 2, 2), (128, 2, 1, 1)) == (2, 2)
+    assert reference_factors((128, 7, 4, 6), (128, 3, 4, 6)) == (1, 3)
+    assert reference_factors((128, 1, 4, 6), (128, 1, 2, 3)) == (2, 1)
+    for odd in ((128, 3, 2, 2), (128, 1, 2, 2)):
+        with pytest.raises(CheckpointError, match="a reference of"):
+            reference_factors((128, 4, 2, 2), odd)
 
 
 def test_reference_of_another_aspect_is_refused(make_sample: Make) -> None:

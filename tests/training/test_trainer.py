@@ -24,7 +24,7 @@ from diffsynth.training.trainer import TrainingStep, train
 from diffsynth.utils.audio import Waveform
 from diffsynth.utils.audio_file import write_audio
 from tests.pipelines.tiny import DEV, GEMMA, call, load, same
-from tests.training.clips import write_clip, write_config, write_data_set
+from tests.training.clips import write_clip, write_config, write_data_set, write_lossless
 from tests.training.narrow import write_narrow, write_samples
 
 SHORT = "steps = 6\nbatch_size = 2\ngradient_accumulation = 2\nlearning_rate = 1e-3\nema_decay = 0.5"
@@ -175,6 +175,46 @@ def test_in_context_adapter_states_its_factor(tmp_path: Path) -> None:
     without = 'source = "clips"\nfolder = "samples"\nbuckets = ["64x64x9"]'
     with pytest.raises(RequestError, match=r"without .* reference_scale"):
         read_config(write_config(tmp_path, data=without, strategy=strategy))
+
+
+def test_sparse_references_from_files(tmp_path: Path) -> None:
+    """Of a reference as long as the clip every second frame is taken; one that has only those is the same."""
+    clips = write_data_set(tmp_path)
+    write_clip(clips / "long.mp4", frames=17)
+    pictures = torch.randint(0, 255, (17, 64, 64, 3), generator=torch.Generator().manual_seed(1))
+    kept = [0, 1, 3, 5, 7, 9, 11, 13, 15]
+    write_lossless(clips / "full.mkv", pictures.to(torch.uint8))
+    write_lossless(clips / "sparse.mkv", pictures[kept].to(torch.uint8))
+    write_lossless(clips / "other.mkv", pictures[:12].to(torch.uint8))
+    (clips / "list.csv").write_text(
+        "video,caption,reference\nlong.mp4,a square,full.mkv\nlong.mp4,a square,sparse.mkv\n"
+        "long.mp4,a square,other.mkv\n"
+    )
+    data = (
+        'source = "clips/list.csv"\nfolder = "samples"\nbuckets = ["64x64x17"]\nreference_scale = 2\n'
+        "reference_temporal_scale = 2"
+    )
+    how = {"strategy": "reference_probability = 1.0", "training": "steps = 1"}
+    config = read_config(write_config(tmp_path, data=data, **how))
+    report = preprocess(config)
+    assert (report.made, [where for where, _ in report.broken]) == (2, ["list.csv:4"])
+    assert "12 of 17 frames" in report.broken[0][1]
+    assert "17 frames, or 9" in report.broken[0][1]
+    entries = read_index(config.data.folder)
+    assert {(e.video_shape, e.reference_shape) for e in entries} == {((128, 3, 2, 2), (128, 2, 1, 1))}
+    full, sparse = (Sample.load(config.data.folder / entry.file).reference for entry in entries)
+    assert full is not None
+    assert sparse is not None
+    assert torch.equal(full, sparse)
+    shapes = linear_shapes(load(stage2_lora=None).dit)
+    lora = read_lora(train(config), shapes.keys(), shapes)
+    assert (lora.reference.factor, lora.reference.temporal_factor) == (2, 2)
+    for change, match in (
+        (("x17", "x25"), "bucket of 25 frames with reference_temporal_scale=2"),
+        (("reference_scale = 2\n", ""), "reference_temporal_scale=2, reference_scale=0"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            read_config(write_config(tmp_path, data=data.replace(*change), **how))
 
 
 def test_masks_and_reference_sounds_from_files(tmp_path: Path) -> None:
