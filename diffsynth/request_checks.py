@@ -162,8 +162,8 @@ def _check_references(request: "GenerateRequest") -> None:
     time, factor = TEMPORAL_STEP * request.temporal_factor, request.in_context_downsample_factor
     if count and (request.num_frames - 1) % time:
         raise RequestError(
-            f"num_frames={request.num_frames} is not {time}k+1, as reference clips of every "
-            f"{request.temporal_factor}th frame need it",
+            f"num_frames={request.num_frames} is not {time}k+1, as reference clips of one frame in "
+            f"{request.temporal_factor} need it",
             hint=_nearest(request.num_frames, time, 1),
         )
     if not count or factor is None:

@@ -57,7 +57,7 @@ def test_frames(frames: int) -> None:
     "name",
     [
         *("height", "width", "num_frames", "num_inference_steps", "in_context_downsample_factor"),
-        *("frame_rate", "audio_sample_rate", "denoising_strength"),
+        *("frame_rate", "audio_sample_rate", "denoising_strength", "in_context_temporal_factor"),
     ],
 )
 @pytest.mark.parametrize("value", [0, -1, -64])

@@ -197,7 +197,7 @@ def test_a_lora_for_sparse_references(
     refused(
         RequestError,
         lambda: call(pipe, in_context_videos=[CLIP]),
-        "num_frames=9 is not 16k+1, as reference clips of every 2th frame",
+        "num_frames=9 is not 16k+1, as reference clips of one frame in 2 need it",
         "1 or 17, or fit=True",
     )
     clip = [*CLIP, *CLIP][:17]
