@@ -8,12 +8,11 @@ from diffsynth.cli.generate import LESS_MEMORY, check_output, dtype_named, phase
 from diffsynth.cli.machine import MachineOptions
 from diffsynth.cli.stats import show_stats
 from diffsynth.device import out_of_memory_told
+from diffsynth.pipelines.assemble import DECODERS
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline, ModelConfig
 from diffsynth.pipelines.rescue import FinalLatents
 
 logger = logging.getLogger(__name__)
-
-DECODERS = ("video_vae_decoder", "audio_vae_decoder", "audio_vocoder")
 
 
 def run(
@@ -44,6 +43,6 @@ def run(
     )
     with out_of_memory_told(LESS_MEMORY), phases(quiet) as on_progress:
         result = pipe.decode(latents, on_progress=on_progress)
-    write(result, output)
+    write(result, output, pipe.decoder_files)
     if stats:
         show_stats(pipe.memory_report())

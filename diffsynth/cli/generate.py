@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def run(
     pipe = load_pipeline(models, request)
     with out_of_memory_told(LESS_MEMORY), phases(quiet) as on_progress:
         result = pipe.generate(request, inputs, on_progress)
-    write(result, output)
+    write(result, output, pipe.decoder_files)
     if stats:
         show_stats(pipe.memory_report())
 
@@ -88,8 +88,13 @@ def check_output(output: Path, request: GenerateRequest) -> None:
     check(output)
 
 
-def write(result: Result, output: Path) -> None:
+def write(result: Result, output: Path, decoders: Sequence[Path]) -> None:
     """Write the mp4, or the sound if it is all there is; if that fails, the latents are kept.
+
+    Args:
+        result: of a pipeline.
+        output: a name that :func:`check_output` let pass.
+        decoders: the files of that pipeline which decode latents.
 
     Raises:
         OutputError: the folder is not writable or the disk is full.
@@ -102,7 +107,7 @@ def write(result: Result, output: Path) -> None:
     except BaseException:
         path = keep(FinalLatents.of(result))
         if path is not None:
-            logger.error("%s", way_out(path, result.record))
+            logger.error("%s", way_out(path, result.record, decoders))
         raise
     logger.info("%s (seed %s)", output, result.request.seed)
 

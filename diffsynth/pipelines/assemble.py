@@ -42,6 +42,8 @@ PART_OF: Mapping[NetworkKind, str] = {
     NetworkKind.UPSAMPLER: "upsampler",
 }
 """Network -> its name in the pipeline."""
+DECODERS = ("video_vae_decoder", "audio_vae_decoder", "audio_vocoder")
+"""All that it takes to go on from final latents."""
 
 MODEL_NAMES: Mapping[str, str] = {"2.0": "LTX-2", "2.3": "LTX-2.3"}
 
@@ -53,6 +55,8 @@ class Assembly:
     parts: Parts
     sources: Mapping[str, str]
     """Part -> name of its file."""
+    paths: Mapping[str, tuple[Path, ...]]
+    """Part -> its files, as they were given or where they were put; none for weights in memory."""
 
     @property
     def says_distilled(self) -> bool:
@@ -112,7 +116,8 @@ class OpenedModels:
         half = parts.video_vae_decoder or parts.video_vae_encoder
         parts.video_statistics = None if half is None else half.per_channel_statistics
         sources = {PART_OF[kind]: _shown(weights.files) for kind, weights in self.networks.items()}
-        return Assembly(parts=parts, sources=sources)
+        paths = {PART_OF[kind]: weights.files.paths for kind, weights in self.networks.items()}
+        return Assembly(parts=parts, sources=sources, paths=paths)
 
 
 def open_models(

@@ -20,6 +20,7 @@ from diffsynth.loader import ModelConfig
 from diffsynth.lora import Lora, LoraHandle, LoraStack
 from diffsynth.pipelines.arguments import check_models, request_fields
 from diffsynth.pipelines.assemble import (
+    DECODERS,
     MODEL_NAMES,
     Assembly,
     open_models,
@@ -194,6 +195,12 @@ class LTX2AudioVideoPipeline:
         if name != "parts" and name in Parts.__dataclass_fields__:
             return getattr(self.parts, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def decoder_files(self) -> tuple[Path, ...]:
+        """Files of the networks that decode, as they were given or where they were put."""
+        paths = self._assembly.paths
+        return tuple(dict.fromkeys(path for name in DECODERS for path in paths.get(name, ())))
 
     def load_lora(
         self, module: nn.Module, lora: str | Path | ModelConfig | Mapping[str, Tensor], alpha: float = 1.0
@@ -382,7 +389,7 @@ class LTX2AudioVideoPipeline:
         latents = FinalLatents(
             video=state.video_latent, audio=state.audio_latent, sound=kept_sound(state), record=record
         )
-        with kept(latents):
+        with kept(latents, self.decoder_files):
             return self._decoded(state, record)
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ import logging
 import secrets
 import shlex
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -163,28 +163,29 @@ def keep(latents: FinalLatents) -> Path | None:
 
 
 @contextlib.contextmanager
-def kept(latents: FinalLatents) -> Iterator[None]:
-    """Keep latents in a file for the length of a ``with`` block, and beyond it if the block fails."""
+def kept(latents: FinalLatents, decoders: Sequence[Path]) -> Iterator[None]:
+    """Keep latents in a file for the length of a ``with`` block, and beyond it if the block fails.
+
+    ``decoders``: files that decode them, which the user is told then.
+    """
     path = _new_path()
     try:
         _saved(latents, path)
         yield
     except BaseException:
         if path.exists():
-            logger.error("decoding did not come to its end; %s", way_out(path, latents.record))
+            logger.error("decoding did not come to its end; %s", way_out(path, latents.record, decoders))
         raise
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
-def way_out(path: Path, record: Mapping[str, Any]) -> str:
-    """Where the latents are and what to do with them."""
-    file = str(record.get("files", {}).get("video_vae_decoder", ""))
-    checkpoint = file if file.endswith(SUFFIX) else "CHECKPOINT"
-    return (
-        f"the latents are in {path}.  Try: diffsynth decode {shlex.quote(str(path))} "
-        f"--output video.mp4 --checkpoint {shlex.quote(checkpoint)}"
-    )
+def way_out(path: Path, record: Mapping[str, Any], decoders: Sequence[Path]) -> str:
+    """Where the latents are and what to do with them, see :func:`kept`."""
+    output = "sound.wav" if record["request"].get("audio_only") else "video.mp4"
+    files = [f"--checkpoint {shlex.quote(str(file))}" for file in decoders or ("CHECKPOINT",)]
+    command = f"diffsynth decode {shlex.quote(str(path))} --output {output} {' '.join(files)}"
+    return f"the latents are in {path}.  Try: {command}"
 
 
 def _new_path() -> Path:

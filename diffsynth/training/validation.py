@@ -17,7 +17,6 @@ from diffsynth.conditioning.enhance import Chat
 from diffsynth.device import backend_for, out_of_memory_told
 from diffsynth.errors import Cancelled
 from diffsynth.models.ltx2.transformer import LTX2Transformer
-from diffsynth.pipelines.assemble import Assembly
 from diffsynth.pipelines.inputs import inputs_by_path
 from diffsynth.pipelines.ltx2_audio_video import LTX2AudioVideoPipeline
 from diffsynth.pipelines.phases import AllOnDevice, PhaseRun, StageLoras, parts_of_phase
@@ -149,7 +148,7 @@ class Validator:
         modules = {name: getattr(others, name) for name in self._needed()}
         memory = _InTurns(modules, device, aside, self._plans)
         parts = replace(outline.parts, dit=network, memory=memory, **modules)
-        return LTX2AudioVideoPipeline(Assembly(parts=parts, sources=outline.sources))
+        return LTX2AudioVideoPipeline(replace(outline, parts=parts))
 
     def _needed(self) -> list[str]:
         requests = self._requests

@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,21 @@ def test_a_run_that_dies_while_decoding_goes_on_from_its_file(
         pipe.generate(REQUEST, on_progress=stop_at(phase, error))
     (file,) = left(folder)
     assert f"the latents are in {file}" in caplog.text
-    assert f"Try: diffsynth decode {file} --output video.mp4 --checkpoint {DEV.name}" in caplog.text
+    assert f"Try: diffsynth decode {file} --output video.mp4 --checkpoint {DEV}" in caplog.text
     result = pipe.decode(file)
     assert equal(result, unbroken)
     assert result.request == REQUEST
     assert left(folder) == [file], "a file that was named stays"
+
+
+def test_sound_alone_is_said_to_go_into_a_sound_file(
+    pipe: LTX2AudioVideoPipeline, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Cancelled):
+        pipe.generate(
+            replace(REQUEST, audio_only=True), on_progress=stop_at("decode audio", Cancelled("stopped"))
+        )
+    assert "--output sound.wav --checkpoint" in caplog.text
 
 
 def test_a_run_that_dies_before_leaves_nothing(pipe: LTX2AudioVideoPipeline, folder: Path) -> None:
