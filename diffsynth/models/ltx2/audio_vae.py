@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffsynth.errors import RequestError
 from diffsynth.models.ltx2.audio_vae_config import AudioVAEConfig
+from diffsynth.models.ltx2.layers import channel_rms
 
 __all__ = ["DECODER_KEY_PREFIXES", "ENCODER_KEY_PREFIXES", "AudioDecoder", "AudioEncoder", "AudioVAEConfig"]
 
@@ -167,7 +168,7 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape, dtype and device."""
-        return x / x.square().mean(dim=1, keepdim=True).add_(_PIXEL_NORM_EPS).sqrt_()
+        return x / channel_rms(x, _PIXEL_NORM_EPS)
 
 
 class ResnetBlock(nn.Module):

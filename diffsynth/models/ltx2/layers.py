@@ -17,6 +17,23 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return functional.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
+def channel_rms(x: Tensor, eps: float) -> Tensor:
+    """``sqrt(mean(x^2) + eps)`` over the channels of each position.
+
+    Args:
+        x: (B, C, ...), any float dtype; in float16 the squares are summed in float32, which they would leave.
+        eps: within the root.
+
+    Returns: (B, 1, ...) in the dtype of ``x``.
+    """
+    if x.dtype is torch.float16:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        return norm.square().div_(x.shape[1]).add_(eps).sqrt_().to(x.dtype)
+    # Shorter ways (a vector norm, a reciprocal root) round otherwise, and the autoencoders amplify that where
+    # a position is close to zero in all channels.
+    return x.square().mean(dim=1, keepdim=True).add_(eps).sqrt_()
+
+
 class RMSNorm(nn.Module):
     """RMS norm over the last axis with a plain weight (not ``1 + weight``)."""
 

@@ -16,6 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffsynth.models.ltx2.layers import channel_rms
 from diffsynth.models.ltx2.video_vae_config import RES, PaddingMode, Stage, Strides
 
 PIXEL_NORM_EPS = 1e-8
@@ -29,10 +30,8 @@ def norm_silu(x: Tensor, *, overwrite: bool) -> Tensor:
         overwrite: the caller needs ``x`` no more; it holds the result afterwards unless gradients are on.
     """
     in_place = not torch.is_grad_enabled()
-    # Shorter ways (a vector norm, a reciprocal root) round otherwise, and the networks amplify that where a
-    # pixel is close to zero in all channels.  The squares are gone before the next convolution, which sets
-    # the memory peak.
-    root = torch.sqrt(x.square().mean(dim=1, keepdim=True) + PIXEL_NORM_EPS)
+    # The squares are gone before the next convolution, which sets the memory peak.
+    root = channel_rms(x, PIXEL_NORM_EPS)
     normed = x.div_(root) if overwrite and in_place else x / root
     return functional.silu(normed, inplace=in_place)
 

@@ -3,7 +3,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffsynth.models.ltx2.layers import Attention, FeedForward, RMSNorm, TextProjection, rms_norm
+from diffsynth.models.ltx2.layers import (
+    Attention,
+    FeedForward,
+    RMSNorm,
+    TextProjection,
+    channel_rms,
+    rms_norm,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -18,6 +25,14 @@ def attention(gated: bool = True) -> Attention:
 def test_rms_norm_has_unit_mean_square() -> None:
     normed = rms_norm(noise(3, 5, 64) * 7)
     torch.testing.assert_close(normed.square().mean(-1), torch.ones(3, 5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.0, 3e-4, 1.0, 2000.0])
+def test_channel_rms_of_float16_neither_overflows_nor_vanishes(size: float) -> None:
+    x = noise(1, 64, 2, 3) * size
+    rms = channel_rms(x.half(), 1e-8)
+    assert rms.dtype is torch.float16
+    torch.testing.assert_close(rms.float(), channel_rms(x, 1e-8), rtol=2e-3, atol=0)
 
 
 def test_rms_norm_weight_in_float32_does_not_promote() -> None:
