@@ -10,7 +10,6 @@ rows.  The file of results is written after every row, and a later run with the 
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import measured_apart
 from benchmarks.machine import describe_machine
 from benchmarks.offload_row import GB, ROWS, STARTS, USABLE, Case, Row
 from benchmarks.peers import PEERS, measure_peer
@@ -54,18 +54,7 @@ def cases(requests: Sequence[str], modes: Sequence[str], passes: Sequence[int], 
 
 def run_row(row: Row, timeout_s: float) -> dict[str, Any]:
     """Measure a row in a process of its own; the reason where it fails."""
-    command = [sys.executable, "-m", "benchmarks.offload_row", json.dumps(asdict(row))]
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    try:
-        ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"row": row.name, "failed": f"took longer than {timeout_s:.0f} s"}
-    try:
-        return dict(json.loads(ended.stdout.strip().rpartition("\n")[2]))
-    except ValueError:
-        return {"row": row.name, "failed": f"exit code {ended.returncode}, see its messages"}
+    return {"row": row.name, **measured_apart("benchmarks.offload_row", row, timeout_s)}
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

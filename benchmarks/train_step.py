@@ -10,8 +10,6 @@ what is missing.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import measured_apart
 from benchmarks.machine import describe_machine
 from benchmarks.synthetic import MODELS
 from benchmarks.train_step_row import GB, TrainRow
@@ -32,18 +31,7 @@ RESIDENT = "resident"
 
 def run_row(row: TrainRow, timeout_s: float) -> dict[str, Any]:
     """Measure a row in a process of its own; the reason where it fails."""
-    command = [sys.executable, "-m", "benchmarks.train_step_row", json.dumps(asdict(row))]
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    try:
-        ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"name": row.name, "failed": f"took longer than {timeout_s:.0f} s"}
-    try:
-        return dict(json.loads(ended.stdout.strip().rpartition("\n")[2]))
-    except ValueError:
-        return {"name": row.name, "failed": f"exit code {ended.returncode}, see its messages"}
+    return {"name": row.name, **measured_apart("benchmarks.train_step_row", row, timeout_s)}
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
