@@ -1,6 +1,7 @@
 """Which clips there are and what is said of them: a table, a list, or a folder."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -128,10 +129,10 @@ def _rows(source: Path, text: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
     """(line, or place in a JSON list, from 1) and columns."""
     match source.suffix.lower():
         case ".csv":
-            table = csv.DictReader(text.splitlines(keepends=True))
+            table = csv.DictReader(io.StringIO(text, newline=""))
             return [(table.line_num, row) for row in table]
         case ".jsonl":
-            lines = enumerate(text.splitlines(), 1)
+            lines = enumerate(text.split("\n"), 1)  # JSON may hold what splitlines takes for an end
             return [(number, _parsed(source, number, line)) for number, line in lines if line.strip()]
         case ".json":
             return list(enumerate(json.loads(text), 1))

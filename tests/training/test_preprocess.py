@@ -134,6 +134,12 @@ def test_lists_in_every_format(tmp_path: Path) -> None:
     assert (clip.path, clip.caption, clip.sound) == (tmp_path / "a, b.mp4", "x, y", tmp_path / "s.wav")
     (clip,) = find_clips(tmp_path / "a.json")
     assert (clip.path.name, clip.caption, clip.sound) == ("b.mp4", "y", None)
+    ends = "a\u2028b\u0085c"  # ends of lines for some, and text for JSON and CSV
+    row = json.dumps({"video": "a.mp4", "caption": ends}, ensure_ascii=False)
+    (tmp_path / "ends.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    (tmp_path / "ends.csv").write_text(f"video,caption\na.mp4,{ends}\n", encoding="utf-8")
+    for name, count in (("ends.jsonl", 2), ("ends.csv", 1)):
+        assert [clip.caption for clip in find_clips(tmp_path / name)] == [ends] * count
     (tmp_path / "bad.jsonl").write_text('{"video": "a.mp4"}\n{')
     with pytest.raises(RequestError, match=r"bad\.jsonl:2 is no JSON"):
         find_clips(tmp_path / "bad.jsonl")
