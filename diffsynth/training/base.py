@@ -13,9 +13,10 @@ from diffsynth.models.ltx2.transformer import LTX2Transformer
 from diffsynth.pipelines.assemble import PART_OF, OpenedModels
 from diffsynth.pipelines.packing import PackedWeights
 from diffsynth.pipelines.parts import Parts
+from diffsynth.training.adapters import chosen_layers
 from diffsynth.training.checkpointing import no_hold
 from diffsynth.training.clip_plans import Room
-from diffsynth.training.config import HOST, MemorySection, TrainConfig
+from diffsynth.training.config import HOST, LORA, MemorySection, TrainConfig
 from diffsynth.training.demand import ON_HOST, PART, Demands, StepDemand, pass_sizes
 from diffsynth.training.optimiser import STATE_BYTES
 from diffsynth.training.samples import SampleEntry
@@ -81,12 +82,14 @@ def open_base(config: TrainConfig, opened: OpenedModels, entries: Sequence[Sampl
         MemoryBudgetError: it does not fit; the hint names what would.
     """
     device, dtype, memory = resolve_device(config.model.device), config.model.torch_dtype, config.memory
-    if not memory.managed:
-        return ResidentBase(opened, device, dtype, memory)
     parts = opened.outline(device, dtype).parts
     parts.require([PART])
     assert parts.dit is not None
     training = config.training
+    if training.mode == LORA:
+        chosen_layers(parts.dit, config.lora.targets)
+    if not memory.managed:
+        return ResidentBase(opened, device, dtype, memory)
     demand = StepDemand.of(
         parts.dit,
         config.lora,

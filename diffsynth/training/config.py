@@ -50,6 +50,12 @@ class ModelSection:
             raise RequestError(f"dtype={self.dtype!r} is not known", hint=", ".join(DTYPES))
         return DTYPES[self.dtype]
 
+    def check(self) -> None:
+        """Raise RequestError, naming the setting, for a value that cannot work."""
+        if not self.checkpoint:
+            raise RequestError("checkpoint=[] names no model", hint='checkpoint = "FILE"')
+        _ = self.torch_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -68,12 +74,12 @@ class Bucket:
         """
         match = _BUCKET.fullmatch(text)
         if match is None:
-            raise RequestError(f"bucket {text!r}", hint='"WIDTHxHEIGHTxFRAMES", "768x512x97" for instance')
+            raise RequestError(f"buckets={text!r}", hint='"WIDTHxHEIGHTxFRAMES", "768x512x97" for instance')
         width, height, frames = (int(number) for number in match.groups())
         time, rows, columns = VIDEO_SCALE
         if width < columns or height < rows or width % columns or height % rows or frames % time != 1:
             raise RequestError(
-                f"bucket {text!r} is no size of a latent",
+                f"buckets={text!r} is no size of a latent",
                 hint=f"width and height multiples of {rows}, frames one more than a multiple of {time}",
             )
         return cls(width, height, frames)
@@ -137,10 +143,12 @@ class DataSection:
         if self.audio_reference and not self.audio:
             raise RequestError("audio_reference with audio=False", hint="audio = true")
         self._check_durations()
+        if not self.video and not self.audio:
+            raise RequestError("video=False and audio=False: nothing is encoded", hint="audio = true")
         for bucket in self.sizes:
             if scale and (bucket.width % (cell * scale) or bucket.height % (cell * scale)):
                 raise RequestError(
-                    f"bucket {bucket.width}x{bucket.height} with reference_scale={scale}",
+                    f"reference_scale={scale} with a bucket of {bucket.width}x{bucket.height}",
                     hint=f"width and height multiples of {cell * scale}",
                 )
             if (bucket.frames - 1) % (VIDEO_SCALE[0] * time):
@@ -177,10 +185,12 @@ class LoraSection:
 
     def check(self) -> None:
         """Raise RequestError for numbers that make no adapter."""
-        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
-            raise RequestError(
-                f"rank={self.rank}, alpha={self.alpha}", hint="rank 1 or more, alpha above 0 or left out"
-            )
+        if self.rank < 1:
+            raise RequestError(f"rank={self.rank}", hint="1 or more")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise RequestError(f"alpha={self.alpha}", hint="a number above 0, or left out")
+        if not self.targets:
+            raise RequestError("targets=[] trains nothing", hint=f"targets = {list(ATTENTION_TARGETS)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,10 +239,9 @@ class TrainingSection:
                 raise RequestError(f"{name}={getattr(self, name)}", hint="0 or more")
         if not 0 < self.learning_rate < float("inf"):
             raise RequestError(f"learning_rate={self.learning_rate}", hint="1e-4")
-        if not all(0 <= share < 1 for share in (*self.betas, self.ema_decay)):
-            raise RequestError(
-                f"betas={list(self.betas)}, ema_decay={self.ema_decay}", hint="numbers from 0 to below 1"
-            )
+        for name, shares in (("betas", self.betas), ("ema_decay", (self.ema_decay,))):
+            if not all(0 <= share < 1 for share in shares):
+                raise RequestError(f"{name}={getattr(self, name)}", hint="0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,7 +331,7 @@ class TrainConfig:
             RequestError: naming the section and the setting.
         """
         checks: dict[str, Callable[[], object]] = {
-            "model": lambda: self.model.torch_dtype,
+            "model": self.model.check,
             "data": self.data.check,
             "output": self.output.check,
             "strategy": self.strategy.check,
@@ -340,11 +349,14 @@ class TrainConfig:
                 raise RequestError(f"[{section}] {error.message}", hint=error.hint) from error
         if self.strategy.reference_probability and not self.data.reference_scale:
             raise RequestError(
-                "[strategy] reference_probability without [data] reference_scale", hint="reference_scale = 1"
+                f"[strategy] reference_probability={self.strategy.reference_probability} without [data] "
+                "reference_scale",
+                hint="reference_scale = 1",
             )
         if self.strategy.audio_reference_probability and not self.data.audio_reference:
             raise RequestError(
-                "[strategy] audio_reference_probability without [data] audio_reference",
+                f"[strategy] audio_reference_probability={self.strategy.audio_reference_probability} without "
+                "[data] audio_reference",
                 hint="audio_reference = true",
             )
         if self.data.audio_durations and self.strategy.video != Role.NONE:

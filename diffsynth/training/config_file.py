@@ -3,6 +3,7 @@
 import difflib
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -62,24 +63,27 @@ def read_config(path: str | Path) -> TrainConfig:
 class _File:
     path: Path
     lines: Mapping[tuple[str, str | None], int]
-    """(section, key) -> number of its line from 1; key None for the header."""
+    """(section, key) -> number of its line from 1; key None for the header.  See :func:`_lines`."""
 
     def error(self, section: str, key: str | None, message: str, hint: str) -> RequestError:
-        line = self.lines.get((section, key), self.lines.get((section, None)))
+        outer, _, inner = section.partition("#")[0].rpartition(".")
+        places = [(section, key), (section, None), (outer, inner)]
+        places += [place for place in self.lines if place[0].startswith(f"{section}.")]
+        line = next((self.lines[place] for place in places if place in self.lines), None)
         place = str(self.path) if line is None else f"{self.path}:{line}"
         return RequestError(f"{place}: {message}", hint=hint)
 
     def section(self, name: str, cls: Any, table: Any) -> Any:
         if not isinstance(table, dict):
             raise self.error(name, None, f"{name} is no section", f"[{name}]")
-        if name == "model" and table.get("checkpoint") == nano.NAME:
+        if name == "model" and table.get("checkpoint") in (nano.NAME, [nano.NAME]):
             found = nano.files()
             table = {"gemma": str(found.gemma), **table, "checkpoint": str(found.checkpoint)}
         values = {key: self._value(name, key, value) for key, value in table.items()}
         return self._made(name, cls, values)
 
     def _value(self, section: str, key: str, value: Any) -> Any:
-        match section, key:
+        match section.partition("#")[0], key:
             case "strategy", "conditions":
                 return self._items(section, key, value, Condition)
             case "validation", "clips":
@@ -103,8 +107,12 @@ class _File:
         name = f"{section}.{key}"
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             raise self.error(section, key, f"{key} is no list", f"[[{name}]]")
-        given = ({k: self._value(name, k, value) for k, value in table.items()} for table in tables)
-        return tuple(self._made(name, cls, values) for values in given)
+        made = []
+        for number, table in enumerate(tables):
+            place = f"{name}#{number}"
+            values = {k: self._value(place, k, value) for k, value in table.items()}
+            made.append(self._made(place, cls, values))
+        return tuple(made)
 
     def _path(self, section: str, key: str, value: Any) -> Path:
         if not isinstance(value, str) or not value:
@@ -118,27 +126,37 @@ class _File:
 
     def _made(self, section: str, cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        shown = section.partition("#")[0]
         for key in values:
             if key not in known:
-                raise self.error(section, key, f"unknown key {key!r} in [{section}]", _near(key, known))
+                raise self.error(section, key, f"unknown key {key!r} in [{shown}]", _near(key, known))
         for key, f in known.items():
             if key not in values and f.default is MISSING and f.default_factory is MISSING:
-                raise self.error(section, None, f"{key} is missing in [{section}]", f"{key} = ...")
+                raise self.error(section, None, f"{key} is missing in [{shown}]", f"{key} = ...")
         made = cls(**values)
         try:
             check_types(made)  # type: ignore[arg-type]
+            if isinstance(made, Condition):
+                made.check()
         except RequestError as error:
-            raise self.error(section, error.message.partition("=")[0], error.message, error.hint) from error
+            key = error.message.partition("=")[0].split()[-1]
+            raise self.error(section, key, error.message, error.hint) from error
         return made
 
 
 def _lines(text: str) -> dict[tuple[str, str | None], int]:
-    """Where sections and keys stand first; a key inside a value of several lines is not told apart."""
+    """Where sections and keys stand first; a key inside a value of several lines is not told apart.
+
+    The tables under ``[[NAME]]`` are the sections ``NAME#0``, ``NAME#1`` and so on.
+    """
     found: dict[tuple[str, str | None], int] = {}
-    section = ""
+    section, counts = "", Counter[str]()
     for number, line in enumerate(text.splitlines(), 1):
         if header := _HEADER.match(line):
             section = header[1]
+            if line.lstrip().startswith("[["):
+                section = f"{header[1]}#{counts[header[1]]}"
+                counts[header[1]] += 1
             found.setdefault((section, None), number)
         elif key := _KEY.match(line):
             found.setdefault((section or key[1], key[1] if section else None), number)

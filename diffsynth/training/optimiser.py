@@ -15,6 +15,15 @@ STATE_BYTES: Mapping[str, float] = {ADAMW: 8.0, ADAMW_8BIT: 2.0 + 2 * 4 / 256}
 """Of the state per parameter; in 8 bits two bytes, and two float32 factors for 256 parameters."""
 
 
+def check_optimiser(training: TrainingSection) -> None:
+    """Raise RequestError where the library for the optimiser of a configuration is not installed."""
+    if training.optimizer != ADAMW and importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"[training] optimizer={training.optimizer!r} needs bitsandbytes, which is not installed",
+            hint=f'`pip install bitsandbytes`, or optimizer = "{ADAMW}"',
+        )
+
+
 def make_optimiser(training: TrainingSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser of a configuration.
 
@@ -31,11 +40,7 @@ def make_optimiser(training: TrainingSection, parameters: Iterable[nn.Parameter]
     }
     if training.optimizer == ADAMW:
         return torch.optim.AdamW(parameters, **how)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError(
-            f"[training] optimizer={training.optimizer!r} needs bitsandbytes, which is not installed",
-            hint=f'`pip install bitsandbytes`, or optimizer = "{ADAMW}"',
-        )
+    check_optimiser(training)
     bitsandbytes = importlib.import_module("bitsandbytes")
     optimiser: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **how)
     return optimiser

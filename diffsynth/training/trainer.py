@@ -26,7 +26,7 @@ from diffsynth.training.batches import BatchPlan, random_source
 from diffsynth.training.checkpointing import checkpointed_blocks
 from diffsynth.training.config import DTYPES, FULL, TrainConfig
 from diffsynth.training.metrics import LossMeans, open_metrics
-from diffsynth.training.optimiser import make_optimiser
+from diffsynth.training.optimiser import check_optimiser, make_optimiser
 from diffsynth.training.samples import Sample, SampleEntry, read_index
 from diffsynth.training.schedule import ScheduleName
 from diffsynth.training.state import Checkpoints, Fingerprint, TrainingState
@@ -102,6 +102,7 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> Path:
     """See :func:`train`; the configuration names the device of this process."""
+    check_optimiser(config.training)
     device = resolve_device(config.model.device)
     entries = read_index(config.data.folder)
     check_samples(config.strategy, entries)

@@ -8,6 +8,11 @@ from diffsynth.pipelines.negative_prompt import NEGATIVE_PROMPT
 from diffsynth.pipelines.presets import OFFICIAL_PRESETS
 from diffsynth.request import GenerateRequest
 
+_SETTINGS = {"num_frames": "frames", "frame_rate": "fps", "num_inference_steps": "steps"}
+"""What a request names otherwise."""
+_FIT = ", or fit=True (--fit)"
+"""What a request advises, and the file has no setting for."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationClip:
@@ -65,7 +70,12 @@ class ValidationSection:
         if self.every < 1:
             raise RequestError(f"every={self.every}", hint="1 or more steps")
         for request in self.requests("2.0", audio_only=False, reference_scale=1):
-            request.validate()
+            try:
+                request.validate()
+            except RequestError as error:
+                name, is_equal, value = error.message.partition("=")
+                message = f"{_SETTINGS.get(name, name)}{is_equal}{value}"
+                raise RequestError(message, hint=error.hint.removesuffix(_FIT)) from error
 
     def requests(
         self, version: str, *, audio_only: bool, reference_scale: int, reference_temporal_scale: int = 1

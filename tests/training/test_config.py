@@ -73,7 +73,7 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
         ({"strategy": "audio_reference_probability = 1.0"}, r"without \[data\] audio_reference"),
         (
             {"strategy": '[[strategy.conditions]]\ntype = "first_frame"\nmodality = "audio"'},
-            r"\[strategy\] condition first_frame is one of the video.*mask$",
+            r"run.toml:18: condition first_frame is one of the video.*mask$",
         ),
         (
             {"data": 'source = "y"\nfolder = "x"\nbuckets = ["64x64x9"]\nvideo_mask = "m"'},
@@ -84,7 +84,7 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
         ({"validation": "\nevery = 0"}, r"run.toml:19: \[validation\] every=0"),
         (
             {"validation": 'fps = 0.0\n[[validation.clips]]\nprompt = "a"'},
-            r"run.toml:17: \[validation\] frame_rate=0.0",
+            r"run.toml:18: \[validation\] fps=0.0",
         ),
         ({"training": 'mode = "loar"'}, r"\[training\] mode='loar'"),
         (
@@ -95,7 +95,25 @@ def test_page_shows_the_defaults(tmp_path: Path) -> None:
             r"mode='full' with .*float32",
         ),
         ({"schedule": 'name = "step"'}, r"\[schedule\] name='step'"),
-        ({"data": 'source = "y"\nfolder = "x"\nbuckets = ["60x64x9"]'}, r"\[data\] bucket '60x64x9'"),
+        (
+            {"data": 'source = "y"\nfolder = "x"\nbuckets = ["60x64x9"]'},
+            r"run.toml:10: \[data\] buckets='60x64x9'",
+        ),
+        (
+            {
+                "strategy": '[[strategy.conditions]]\ntype = "first_frame"\n'
+                '[[strategy.conditions]]\ntype = "suffix"\nprobability = 2.0'
+            },
+            r"run.toml:22: condition probability=2.0",
+        ),
+        ({"lora": "rank = 2\ntargets = []"}, r"run.toml:19: \[lora\] targets=\[\]"),
+        ({"lora": "rank = 2\nalpha = 0.0"}, r"run.toml:19: \[lora\] alpha=0.0"),
+        ({"training": "steps = 2\nema_decay = 1.0"}, r"run.toml:19: \[training\] ema_decay=1.0"),
+        ({"model": "checkpoint = []"}, r"run.toml:2: \[model\] checkpoint=\[\]"),
+        (
+            {"data": 'source = "y"\nfolder = "x"\nbuckets = ["64x64x9"]\nvideo = false\naudio = false'},
+            r"run.toml:11: \[data\] video=False and audio=False",
+        ),
         ({"training": "steps = "}, r"line 18"),
     ],
 )

@@ -13,8 +13,11 @@ from safetensors import safe_open
 
 from diffsynth.conditioning.text import PromptContext
 from diffsynth.errors import Cancelled, CheckpointError, RequestError
+from diffsynth.loader import ModelConfig
 from diffsynth.lora import linear_shapes, read_lora
+from diffsynth.pipelines.assemble import open_models
 from diffsynth.training.adapters import ATTENTION_TARGETS
+from diffsynth.training.base import open_base
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_file import read_config
 from diffsynth.training.preprocess import preprocess
@@ -295,6 +298,10 @@ def test_refusals(configured: Callable[..., TrainConfig], tmp_path: Path) -> Non
     config = configured(training="steps = 1")
     with pytest.raises(RequestError, match="no state"):
         train(config, resume=True)
+    unknown = configured(lora='targets = ["to_x"]')
+    opened = open_models([ModelConfig.named(name) for name in config.model.checkpoint])
+    with pytest.raises(RequestError, match=r"'to_x'.*to_"):  # before a weight is read
+        open_base(unknown, opened.only(["dit"]), read_index(config.data.folder))
     train(config)
     with pytest.raises(RequestError, match=r"earlier run.*--resume"):
         train(config)
