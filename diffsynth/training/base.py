@@ -21,6 +21,7 @@ from diffsynth.training.demand import ON_HOST, PART, Demands, StepDemand, pass_s
 from diffsynth.training.optimiser import STATE_BYTES
 from diffsynth.training.samples import SampleEntry
 from diffsynth.training.stash import HostStash, Stash
+from diffsynth.training.workers import processes_here
 from diffsynth.vram.cache import PackedCache
 from diffsynth.vram.formats import as_is
 from diffsynth.vram.managed import ManagedModule
@@ -99,7 +100,10 @@ def open_base(config: TrainConfig, opened: OpenedModels, entries: Sequence[Sampl
         mean=bool(training.ema_decay),
     )
     backend = backend_for(device)
-    return StreamedBase(opened, parts, memory, memory.limits.budget(backend), backend, demand)
+    budget = memory.limits.budget(backend)
+    if memory.host_limit is None and budget.host_bytes is not None:
+        budget = replace(budget, host_bytes=budget.host_bytes // processes_here())
+    return StreamedBase(opened, parts, memory, budget, backend, demand)
 
 
 class ResidentBase:

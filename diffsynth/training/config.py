@@ -253,7 +253,7 @@ class MemorySection:
 
     Attributes:
         vram_limit: GB of 2**30 bytes, "auto" (what is free now), or the name of a card such as "24gb".
-        host_limit: GB of host memory for the whole process; None: what is free now.
+        host_limit: GB of host memory for each process; None: what is free now, in equal parts.
         storage: format of the base: bf16, f16, f32, fp8, int8, int4, e4m3, e5m2; None: as for generation,
             int8 or what the limit suggests.
         activations: where the hidden states between the blocks wait for the way back, ``device`` or ``host``;

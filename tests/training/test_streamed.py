@@ -215,6 +215,22 @@ def test_what_cannot_fit_is_refused_with_what_would(
     train(configured("smaller", memory, lora=f"rank = {rank}", device="cpu"))
 
 
+def test_processes_of_one_machine_share_its_memory(
+    configured: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would take all that is free; what is stated is of each."""
+
+    def planned(memory: str) -> int:
+        limit = opened_base(configured("run", memory, device="cpu")).budget.host_bytes
+        assert limit is not None
+        return limit
+
+    alone = planned('storage = "int8"')
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert planned('storage = "int8"') < alone / 2
+    assert planned("host_limit = 5") == 5 * GB
+
+
 @pytest.mark.parametrize(
     ("memory", "training", "message"),
     [
