@@ -1,5 +1,6 @@
 """What a request can be refused for by itself, before any file is opened; nothing here imports torch."""
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING
@@ -83,6 +84,13 @@ def _check_numbers(request: "GenerateRequest") -> None:
         raise RequestError(
             f"denoising_strength={request.denoising_strength} needs a video to start from",
             hint="denoising_strength=1.0, or pass retake_video",
+        )
+    if request.denoising_strength < 1 and not request.retake_video_regions:
+        end_s = math.floor(1000 * request.num_frames / request.frame_rate) / 1000
+        raise RequestError(
+            f"denoising_strength={request.denoising_strength} changes nothing in a retake_video that is kept "
+            "as a whole",
+            hint=f"retake_video_regions=[(0, {end_s:g})] for all of it, or denoising_strength=1.0",
         )
     if request.stage2_spatial_upsample_factor != 2:
         raise RequestError(

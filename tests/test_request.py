@@ -106,6 +106,10 @@ def test_numbers_are_finite(name: str, number: float) -> None:
         ({"audio_guidance": GuidanceParams(rescale_scale=2.0)}, "audio_guidance.rescale_scale=2.0 is"),
         ({"video_guidance": GuidanceParams(skip_step=-1)}, "video_guidance: skip_step and stg_blocks count"),
         ({"denoising_strength": 0.5}, "denoising_strength=0.5 needs a video to start from"),
+        (
+            {"denoising_strength": 0.5, "retake_video": "a.mp4", "num_frames": 25},
+            "denoising_strength=0.5 changes nothing in a retake_video that is kept as a whole",
+        ),
         ({"denoising_strength": 1.5}, "denoising_strength=1.5 is outside (0, 1]"),
         ({"frame_rate": 1001.0}, "frame_rate=1001.0 is outside (0, 1000]"),
         ({"stage2_spatial_upsample_factor": 1.5}, "stage2_spatial_upsample_factor=1.5 is not supported"),

@@ -174,7 +174,8 @@ def _for_blocks(preset: Preset, num_blocks: int, given: Namespace) -> Preset:
         typed = getattr(given, f"{modality}_stg_blocks", None) is not None
         if not typed and any(block >= num_blocks for block in params.stg_blocks):
             changes[f"{modality}_guidance"] = replace(params, stg_scale=0.0, stg_blocks=())
-    if changes:
+    named = (getattr(given, f"{m.removesuffix('_guidance')}_stg_guidance_scale", 0) for m in changes)
+    if any(scale != 0 for scale in named):  # no guidance, or none of this kind, leaves nothing out
         logger.warning("the model has %d blocks: the default perturbed guidance is left out", num_blocks)
     return replace(preset, **changes)
 

@@ -182,6 +182,21 @@ def test_blocks_that_a_model_lacks(caplog: pytest.LogCaptureFixture) -> None:
     assert pipeline.request(given, "2.0", 48) == request("ti2vid_one_stage", "--audio-stg-blocks", "7")
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("distilled", ()),
+        ("ti2vid_one_stage", ("--video-stg-guidance-scale", "0", "--audio-stg-guidance-scale", "0")),
+    ],
+)
+def test_what_is_not_asked_for_is_not_said_to_be_left_out(
+    name: str, more: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = PIPELINES[name]
+    pipeline.request(pipeline.parser().parse_args([*words(name), *more]), "2.0", 3)
+    assert "the model has" not in caplog.text
+
+
 def test_pictures_of_one_quality_only() -> None:
     with pytest.raises(RequestError, match="different CRF"):
         request("distilled", "--image", "a.png", "0", "1", "20", "--image", "b.png", "8", "1", "0")
