@@ -60,9 +60,9 @@ class StrategyConfig:
         for name in (VIDEO, AUDIO):
             role = getattr(self, name)
             if role not in list(Role):
-                raise RequestError(f"strategy {name}={role!r} is not known", hint=", ".join(Role))
+                raise RequestError(f"{name}={role!r} is not known", hint=", ".join(Role))
         if Role.GENERATE not in (self.video, self.audio):
-            raise RequestError("strategy: nothing is generated", hint='video = "generate"')
+            raise RequestError("nothing is generated", hint='video = "generate"')
         for name, prefix in ((VIDEO, ""), (AUDIO, "audio_")):
             probability = getattr(self, f"{prefix}reference_probability")
             if not 0 <= probability <= 1:

@@ -261,7 +261,7 @@ class TrainingRun:
         if not bool(norm.isfinite()):
             raise DiffSynthError(
                 f"the gradient of step {self.step + 1} is not finite",
-                hint='a lower learning_rate, or dtype = "float32"',
+                hint='a new run in another [output] folder: a lower learning_rate, or dtype = "float32"',
             )
         self._optimiser.step()
         self._update_mean()

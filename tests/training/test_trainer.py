@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from diffsynth.conditioning.text import PromptContext
-from diffsynth.errors import Cancelled, CheckpointError, RequestError
+from diffsynth.errors import Cancelled, CheckpointError, DiffSynthError, RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.lora import linear_shapes, read_lora
 from diffsynth.pipelines.assemble import open_models
@@ -348,3 +348,16 @@ def test_ltx_2_3(ltx_2_3: Path, configured: Callable[..., TrainConfig], tmp_path
     tensors, metadata = content(train(config))
     assert metadata["base_model"] == "LTX-2.3"
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if "logits.lora_B" in name)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(configured: Callable[..., TrainConfig]) -> None:
+    """The step is not made: what was saved before it is whole."""
+    config = configured(
+        training="steps = 5\nlearning_rate = 1e30\nmax_grad_norm = 0.0",
+        output='folder = "run"\nsave_every = 1\ndtype = "float32"',
+    )
+    with pytest.raises(DiffSynthError, match=r"gradient of step \d is not finite.*lower learning_rate"):
+        train(config)
+    ((_, state),) = Checkpoints(config.output.folder).states().items()
+    tensors, _ = content(state)
+    assert all(bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("parameter"))
