@@ -198,18 +198,18 @@ def load_inputs(
 ) -> Inputs:
     """Read what is given by path, and check what can be checked before any weight is touched.
 
-    Of clips that are longer than the video the beginning counts; a warning says so.
+    Of clips that are longer than the video the beginning counts, and their frames are taken one by one
+    whatever the frame rate of their files; warnings say so.
 
     Raises:
         RequestError: something cannot be read, or a clip is shorter than the video.
     """
-    cap = request.num_frames + 1
     mask = in_context_attention_mask
     inputs = Inputs(
         images=tuple(load_image(image, argument="input_images") for image in input_images),
-        in_context_videos=tuple(_clip("in_context_videos", clip, cap) for clip in in_context_videos),
-        in_context_attention_mask=None if mask is None else _clip("in_context_attention_mask", mask, cap),
-        retake_video=None if retake_video is None else _clip("retake_video", retake_video, cap),
+        in_context_videos=tuple(_clip("in_context_videos", clip, request) for clip in in_context_videos),
+        in_context_attention_mask=None if mask is None else _clip("in_context_attention_mask", mask, request),
+        retake_video=None if retake_video is None else _clip("retake_video", retake_video, request),
         retake_audio=None if retake_audio is None else _sound(retake_audio, request),
     )
     inputs.check_lengths(request)
@@ -229,9 +229,25 @@ def _tell_size(clip: ClipFrames | None, request: GenerateRequest) -> None:
         )
 
 
-def _clip(argument: str, value: Clip, frame_cap: int) -> ClipFrames:
+def _tell_rate(argument: str, fps: float, request: GenerateRequest) -> None:
+    """Frames are not converted to another rate; where that makes a frame of difference, it is said."""
+    if abs(1 - request.frame_rate / fps) * request.num_frames >= 1:
+        logger.warning(
+            "%s has %.5g frames per second, frame_rate is %.5g: its frames are taken as they are, "
+            "so that what they show runs at %.2f times its speed",
+            argument,
+            fps,
+            request.frame_rate,
+            request.frame_rate / fps,
+        )
+
+
+def _clip(argument: str, value: Clip, request: GenerateRequest) -> ClipFrames:
+    frame_cap = request.num_frames + 1
     if isinstance(value, str | Path):
-        frames: ClipFrames = read_video(value, frame_cap=frame_cap, argument=argument).frames
+        clip = read_video(value, frame_cap=frame_cap, argument=argument)
+        frames: ClipFrames = clip.frames
+        _tell_rate(argument, float(clip.fps), request)
     elif isinstance(value, Tensor):
         if value.ndim != 4 or value.shape[-1] != 3:
             raise RequestError(

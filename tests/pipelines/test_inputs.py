@@ -94,6 +94,18 @@ def test_a_longer_clip_to_retake_is_cut_and_the_log_says_so(
         assert len(said) == lines
 
 
+@pytest.mark.parametrize(
+    ("rate", "said"), [(30.0, "24 frames per second, frame_rate is 30"), (24000 / 1001, ""), (24.0, "")]
+)
+def test_a_clip_of_another_frame_rate_is_said_to_run_faster(
+    rate: float, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = GenerateRequest(num_frames=9, frame_rate=rate)
+    load_inputs(request, retake_video=clip(tmp_path, 9))
+    assert ("at 1.25 times its speed" in caplog.text) is bool(said)
+    assert said in caplog.text
+
+
 def test_a_longer_reference_is_cut_and_a_shorter_clip_refused(tmp_path: Path) -> None:
     file = clip(tmp_path, 13)
     request = GenerateRequest(num_frames=9)
