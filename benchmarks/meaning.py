@@ -137,14 +137,20 @@ def _earlier(out: Path | None, settings: Settings) -> list[dict[str, Any]]:
         return []
     data = json.loads(out.read_text(encoding="utf-8"))
     return (
-        [row for row in data["rows"] if "failed" not in row] if data["settings"] == asdict(settings) else []
+        [row for row in data["rows"] if "failed" not in row] if data["settings"] == _stated(settings) else []
     )
+
+
+def _stated(settings: Settings) -> dict[str, Any]:
+    """As the file of results has them: the model of the package by its name."""
+    model = nano.NAME if Path(settings.model) == NANO else settings.model
+    return asdict(settings) | {"model": model}
 
 
 def _write(out: Path, settings: Settings, rows: Sequence[Mapping[str, Any]]) -> None:
     data = {
         "machine": describe_machine(resolve_device(settings.device)),
-        "settings": asdict(settings),
+        "settings": _stated(settings),
         "gates": gates(rows),
         "rows": list(rows),
     }
@@ -154,6 +160,7 @@ def _write(out: Path, settings: Settings, rows: Sequence[Mapping[str, Any]]) -> 
 def main(
     model: Annotated[Path, typer.Option(help="Its folder; the package has one.")] = NANO,
     prompts: Annotated[int, typer.Option(help="How many.")] = 64,
+    word: Annotated[str | None, typer.Option(help="That every prompt has, for example ping.")] = None,
     side: Annotated[int, typer.Option(help="Of the pictures, in pixels.")] = 256,
     num_frames: Annotated[int, typer.Option(help="8k+1.")] = 25,
     steps: Annotated[int, typer.Option(help="Denoising steps where the mode has no list of its own.")] = 20,
@@ -170,6 +177,7 @@ def main(
     settings = Settings(
         model=str(model),
         prompts=prompts,
+        word=word,
         side=side,
         num_frames=num_frames,
         steps=steps,

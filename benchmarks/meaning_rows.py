@@ -23,7 +23,7 @@ from diffsynth.device import backend_for, resolve_device
 from diffsynth.errors import DiffSynthError, RequestError
 from diffsynth.loader import ModelConfig
 from diffsynth.nano.judge import ATTRIBUTES, Summary, Verdict, judge, psnr
-from diffsynth.nano.world import Description, held_out_descriptions
+from diffsynth.nano.world import Description, held_out_descriptions, words
 from diffsynth.pipelines.assemble import PART_OF, open_models, read_transformer_lora
 from diffsynth.pipelines.inputs import load_inputs
 from diffsynth.pipelines.limits import MemoryLimits
@@ -44,6 +44,8 @@ PLACEMENTS = ("resident", "streamed", "disk")
 """All blocks on the device; in host memory and brought in turn; read from the disk every time."""
 DECODINGS = ("whole", "tiled")
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_DRAWN = 900
+"""Held-out descriptions, of about a thousand, among which a word is looked for."""
 NUM_REPEATED = 2
 """Clips of every way that are made twice."""
 
@@ -54,6 +56,8 @@ class Settings:
 
     model: str
     prompts: int = 64
+    word: str | None = None
+    """That every caption has; None: any."""
     side: int = 256
     num_frames: int = 25
     steps: int = 20
@@ -149,8 +153,15 @@ def figures(verdicts: Sequence[Verdict], ratios: Sequence[float]) -> dict[str, A
 
 
 def descriptions(settings: Settings) -> list[Description]:
-    """What is asked for: never seen in training."""
-    return held_out_descriptions(settings.prompts, settings.seed)
+    """What is asked for: never seen in training.  Raises RequestError when too few have the word."""
+    word, count = settings.word, settings.prompts
+    if word is None:
+        return held_out_descriptions(count, settings.seed)
+    drawn = held_out_descriptions(_DRAWN, settings.seed)
+    found = [description for description in drawn if word in words(description.caption())]
+    if len(found) < count:
+        raise RequestError(f"{len(found)} prompts have the word {word!r}", hint=f"--prompts {len(found)}")
+    return found[:count]
 
 
 def first_frame(description: Description, number: int, side: int) -> Tensor:

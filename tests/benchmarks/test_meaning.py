@@ -1,6 +1,7 @@
 """The benchmark itself, with the tiny model: every way runs, placements agree in every bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.meaning_rows import (
     measure,
     opened,
 )
+from diffsynth.errors import RequestError
 from diffsynth.nano.judge import ATTRIBUTES
 from tests.pipelines.tiny import DEV, LORA, TINY, UPSCALER
 
@@ -126,6 +128,13 @@ def test_what_is_demanded() -> None:
     assert short(base, row(streamed, repeats=False)) == [(streamed, {})]
     image = row("bf16 image resident whole") | {"first_frame_psnr": {"mean": 30.0, "min": 24.0}}
     assert short(image) == [("bf16 image resident whole", {"min": 24.0})]
+
+
+def test_prompts_with_a_word() -> None:
+    asked = descriptions(replace(SETTINGS, prompts=5, word="ping"))
+    assert [description.sound for description in asked] == ["ping"] * 5
+    with pytest.raises(RequestError, match="0 prompts have the word 'dragon'"):
+        descriptions(replace(SETTINGS, word="dragon"))
 
 
 def test_the_command_goes_on_where_it_ended(tmp_path: Path) -> None:
