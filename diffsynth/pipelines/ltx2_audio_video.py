@@ -508,10 +508,13 @@ class LTX2AudioVideoPipeline:
 
     def _record(self, request: GenerateRequest, enhanced_prompt: str | None) -> dict[str, Any]:
         """What made a result: it goes into the metadata of the file."""
+        memory = self.parts.memory
         return {
             "diffsynth": __version__,
             "model": MODEL_NAMES[self.parts.version],
             "files": dict(self._assembly.sources),
+            "dtype": str(self.parts.dtype).removeprefix("torch."),
+            **({"storage": memory.storage} if isinstance(memory, ManagedMemory) else {}),
             "loras": self._book.record(request),
             "request": request.to_dict(),
             **({} if enhanced_prompt is None else {"enhanced_prompt": enhanced_prompt}),

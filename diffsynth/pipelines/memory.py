@@ -189,6 +189,11 @@ class ManagedMemory:
         self._figures.append(figures)
         self._phase = None
 
+    @property
+    def storage(self) -> dict[str, str]:
+        """How weights are stored, which shows in the results: part -> policy."""
+        return dict(self._weights.policies)
+
     def report(self) -> dict[str, Any]:
         """See :class:`~diffsynth.pipelines.phases.Memory`."""
         return {

@@ -1,6 +1,7 @@
 """The packed weights of a pipeline: how each network is divided, and where its blocks come from."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from diffsynth.device import Backend
 from diffsynth.loader import NetworkWeights
-from diffsynth.pipelines.storage import PartLayouts, Storage, part_layouts
+from diffsynth.pipelines.storage import ROLES, PartLayouts, Storage, part_layouts
 from diffsynth.vram.binding import REST
 from diffsynth.vram.blocks import BlockLayout, pack_entry
 from diffsynth.vram.cache import PackedCache
@@ -58,6 +59,14 @@ class PackedWeights:
         self._layouts: dict[str, PartLayouts] = {}
         self._files: dict[str, PackedFile] = {}
         self._in_ram: dict[str, dict[str, tuple[BlockLayout, Tensor]]] = {}
+
+    @cached_property
+    def policies(self) -> dict[str, str]:
+        """Of the networks that a storage format is about: part -> how it is stored."""
+        return {part: self._policy(part) for part in self._weights if part in ROLES}
+
+    def _policy(self, part: str) -> str:
+        return self._storage.policy_of(part, self._weights[part], self._dtype)
 
     def layouts(self, part: str) -> PartLayouts:
         """How a network is divided."""
@@ -139,8 +148,7 @@ class PackedWeights:
 
     def _identity(self, part: str) -> Identity:
         weights = self._weights[part]
-        policy = self._storage.policy_of(part, weights, self._dtype)
-        return identify(part, policy, weights.files.paths, self.blocks(part))
+        return identify(part, self._policy(part), weights.files.paths, self.blocks(part))
 
     def _packed_file(self, part: str, cache: PackedCache, progress: Progress | None) -> PackedFile:
         blocks, identity = self.blocks(part), self._identity(part)

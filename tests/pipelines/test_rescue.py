@@ -141,7 +141,10 @@ def test_under_the_memory_manager(unbroken: Result, folder: Path) -> None:
     with pytest.raises(Cancelled):
         pipe.generate(REQUEST, on_progress=stop_at("decode video", Cancelled("stopped")))
     (file,) = left(folder)
-    assert equal(pipe.decode(file), unbroken)
+    result = pipe.decode(file)
+    stored = result.record.pop("storage")
+    assert stored == dict.fromkeys(("dit", "text_encoder", "text_encoder_post_modules"), "f32")
+    assert equal(result, unbroken)
 
 
 def test_a_given_sound_is_kept(pipe: LTX2AudioVideoPipeline, folder: Path) -> None:
