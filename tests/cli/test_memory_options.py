@@ -168,7 +168,7 @@ def test_a_run_that_is_stopped_while_decoding_can_be_finished(here: Here, output
     assert process.returncode == 130, said
     assert "Traceback" not in said
     (file,) = (cache / "latents").glob("*.safetensors")
-    assert f"Try: diffsynth decode {file} --output video.mp4 --checkpoint {DEV.name}" in said
+    assert f"Try: diffsynth decode {file} --output video.mp4 --checkpoint {DEV}" in said
     assert [path.name for path in output.iterdir()] == ["whole.mp4"]
 
     # In processes of their own as well: the number of threads changes the last bits on the CPU.
