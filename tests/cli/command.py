@@ -47,10 +47,9 @@ def run(*given: str, cwd: Path) -> Ended:
 
 
 def same_video(one: Path, other: Path) -> bool:
-    """Whether two files show the same pictures with the same sound and say that the same request made them, whatever
-    the storage of the weights.
+    """Whether two files show the same pictures with the same sound and say that the same request made them.
 
-    For equal pictures the H.264 encoder rarely takes another decision in one block, and what follows it in
+    How weights were stored may differ.  For equal pictures the H.264 encoder rarely takes another decision in one block, and what follows it in
     its picture differs by a few levels; AAC makes more of the last bits of a sample, which another number of
     threads may change.  Other noise differs by dozens of levels everywhere.
     """
