@@ -49,9 +49,10 @@ def run(*given: str, cwd: Path) -> Ended:
 def same_video(one: Path, other: Path) -> bool:
     """Whether two files show the same pictures with the same sound and say that the same request made them.
 
-    How weights were stored may differ.  For equal pictures the H.264 encoder rarely takes another decision in one block, and what follows it in
-    its picture differs by a few levels; AAC makes more of the last bits of a sample, which another number of
-    threads may change.  Other noise differs by dozens of levels everywhere.
+    How weights were stored may differ.  For equal pictures the H.264 encoder rarely takes another decision
+    in one block, and what follows it in its picture differs by a few levels; AAC makes more of the last bits
+    of a sample, which another number of threads may change.  Other noise differs by dozens of levels
+    everywhere.
     """
     pictures = [read_video(path).frames.float() for path in (one, other)]
     sounds = [read_audio(path).samples for path in (one, other)]
