@@ -158,6 +158,7 @@ def test_options_and_arguments_in_the_text_exist() -> None:
     import inspect
 
     from diffsynth.pipelines.ltx2_audio_video import GuidanceParams, ModelConfig
+    from diffsynth.training.trainer import train
     from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
 
     known: set[str] = set()
@@ -168,6 +169,7 @@ def test_options_and_arguments_in_the_text_exist() -> None:
         write_video_audio_ltx2,
         ModelConfig,
         GuidanceParams,
+        train,
     ):
         known |= inspect.signature(function).parameters.keys()
     for document in DOCUMENTS:

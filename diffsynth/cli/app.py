@@ -105,7 +105,7 @@ def generate(
     """Make a video with sound.  The mp4 keeps the whole request in its metadata."""
     files: dict[str, Any] = {"checkpoint": checkpoint or (), "gemma": gemma, "upsampler": upsampler}
     loras: dict[str, Any] = {"distilled_lora": distilled_lora, "lora": lora or ()}
-    given = filled(context, model, files | loras | request)
+    given = filled(context, model, prompt, files | loras | request)
     # Before torch is imported: a wrong number is told at once.
     checked = parse_request({"prompt": prompt, **given}).validate()
     try:

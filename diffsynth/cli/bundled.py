@@ -1,5 +1,6 @@
 """``--model nano``: the files of the package and their settings, where nothing else was typed."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +10,20 @@ import typer
 from diffsynth import nano
 from diffsynth.errors import RequestError
 from diffsynth.nano.bundle import DISTILLED_LORA_STRENGTH
-from diffsynth.nano.world import FRAMED
+from diffsynth.nano.world import FRAMED, unknown_words
+
+logger = logging.getLogger(__name__)
 
 
-def filled(context: typer.Context, model: str | None, values: Mapping[str, Any]) -> dict[str, Any]:
+def filled(
+    context: typer.Context, model: str | None, prompt: str, values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Option values of ``generate`` as ``--model`` completes them.
 
     Args:
         context: of the command; it knows what was typed.
         model: what ``--model`` says; None changes nothing.
+        prompt: words in it that the model never saw are told.
         values: of the options, by parameter.  A LoRA named ``framed`` is that of the package.
 
     Raises:
@@ -30,6 +36,11 @@ def filled(context: typer.Context, model: str | None, values: Mapping[str, Any])
         raise RequestError(f"--model={model} is not known", hint=f"{nano.NAME}; other models by --checkpoint")
     if values["checkpoint"]:
         raise RequestError("--model and --checkpoint are both given", hint="one of them")
+    unknown = unknown_words(prompt)
+    if unknown:
+        logger.warning(
+            "%s does not know %s; it knows clips like: %s", nano.NAME, ", ".join(unknown), nano.EXAMPLE
+        )
     files, distilled = nano.files(), bool(values["use_distilled_pipeline"])
     distilled_lora = f"{files.distilled_lora}={DISTILLED_LORA_STRENGTH}"
     own: dict[str, Any] = {

@@ -34,7 +34,7 @@ def demo(
     device: machine.Device = None,
     quiet: machine.Quiet = False,
 ) -> None:
-    """Make a clip with sound by the tiny model of this package.  It takes seconds and no download."""
+    """Make a clip with the tiny model of the package.  It takes seconds and no download."""
     description = Description.read(prompt)
     files = nano.files()
     request = GenerateRequest(prompt=prompt, seed=seed, **nano.settings()).validate()

@@ -183,6 +183,12 @@ def words(caption: str) -> list[str]:
     return re.findall(r"[^\s,]+|,", caption.lower())
 
 
+def unknown_words(text: str) -> list[str]:
+    """What the text model does not read and leaves out, in the order of the text, each once."""
+    plain = re.findall(r"[^\W\d_]+|\d+", text.lower())
+    return [word for word in dict.fromkeys(plain) if word not in VOCABULARY]
+
+
 def _article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 

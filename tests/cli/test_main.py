@@ -15,7 +15,7 @@ def test_every_command_is_told_whole_in_80_columns(here: Here, monkeypatch: pyte
     shown = here("-h")
     assert shown.code == 0
     listed = shown.out.partition("Commands:")[2].strip().splitlines()
-    assert [line.split()[0] for line in listed[:4]] == ["generate", "decode", "inspect", "plan"]
+    assert [line.split()[0] for line in listed[:4]] == ["generate", "decode", "inspect", "demo"]
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
     assert here("generate", "-h").code == 0
 

@@ -71,3 +71,14 @@ def test_what_cannot_be_is_said(here: Here, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(bundle, "WEIGHTS", tmp_path)
     missing = here("generate", EXAMPLE, "--model", "nano")
     assert (missing.code, "has no nano.safetensors, gemma/model.safetensors" in missing.err) == (3, True)
+
+
+def test_words_that_it_never_saw_are_told(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bundle, "WEIGHTS", tmp_path)  # told before anything is opened
+    here("generate", "A big red circle, 3 purple elephants!", "--model", "nano")
+    assert f"nano does not know big, 3, elephants; it knows clips like: {EXAMPLE}" in caplog.text
+    caplog.clear()
+    here("generate", EXAMPLE, "--model", "nano")
+    assert not caplog.text
