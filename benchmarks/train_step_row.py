@@ -83,6 +83,7 @@ def measure(row: TrainRow) -> dict[str, Any]:
     os.environ["DIFFSYNTH_CACHE_PATH"] = str(folder / "cache")
     opened = open_synthetic(Dimensions.of(row.model, row.layers), folder, text=False).only(["dit"])
     result: dict[str, Any] = {**asdict(row), "usable_share": USABLE, "cases": []}
+    del result["folder"]
     with Watch() as watch:
         for request in row.requests:
             case: dict[str, Any] = {"request": request}
