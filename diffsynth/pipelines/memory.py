@@ -204,7 +204,7 @@ class ManagedMemory:
         }
 
     def close(self) -> None:
-        """Close the packed files."""
+        """See :class:`~diffsynth.pipelines.phases.Memory`."""
         self._managed.clear()
         self._weights.close()
 

@@ -113,6 +113,10 @@ class Memory(Protocol):
         """What was planned and what was measured, ready for JSON."""
         ...
 
+    def close(self) -> None:
+        """Give back what waits on the host and the files; no phase follows."""
+        ...
+
 
 class AllOnDevice:
     """Every network lies on the device all the time."""
@@ -139,3 +143,6 @@ class AllOnDevice:
     def report(self) -> dict[str, Any]:
         """See :class:`Memory`."""
         return {"managed": False}
+
+    def close(self) -> None:
+        """See :class:`Memory`: the networks belong to others."""

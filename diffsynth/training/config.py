@@ -246,19 +246,19 @@ class TrainingSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemorySection:
-    """What the training of an adapter may take.
+    """What the training of an adapter may take, and before it the encoding of its data.
 
-    With any of the first three, the blocks of the frozen base wait on the host and come to the device as they
-    are used, forward and backward.
+    With any of the first three, networks wait on the host and come to the device as they are used: the blocks
+    of the frozen base forward and backward.
 
     Attributes:
         vram_limit: GB of 2**30 bytes, "auto" (what is free now), or the name of a card such as "24gb".
         host_limit: GB of host memory for each process; None: what is free now, in equal parts.
-        storage: format of the base: bf16, f16, f32, fp8, int8, int4, e4m3, e5m2; None: as for generation,
-            int8 or what the limit suggests.
+        storage: format of the base and the text model: bf16, f16, f32, fp8, int8, int4, e4m3, e5m2; None: as
+            for generation, int8 or what the limit suggests.
         activations: where the hidden states between the blocks wait for the way back, ``device`` or ``host``;
             None: on the device, unless the memory manager finds that only the host has room.
-        cache: whether the converted base is kept on the disk.
+        cache: whether converted networks are kept on the disk.
     """
 
     vram_limit: float | str | None = None

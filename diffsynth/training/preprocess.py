@@ -1,7 +1,8 @@
 """Clips and captions -> samples on the disk: once, before any training.
 
 One file per clip, named by everything that decides its content: a second run skips what is there, and a
-stopped one goes on.  A clip that cannot be used is named, and the others go on.
+stopped one goes on.  (Tiles are left out: under limits below some 6 GB they are smaller than elsewhere.)
+A clip that cannot be used is named, and the others go on.
 """
 
 import logging
@@ -15,19 +16,29 @@ from torch import Tensor
 from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, reference_frames
 from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
-from diffsynth.models.ltx2.tiling import TileConfig
 from diffsynth.models.ltx2.video_tiling import encode_tiled
 from diffsynth.pipelines.assemble import OpenedModels
+from diffsynth.pipelines.checks import tile_config
 from diffsynth.pipelines.encode_inputs import encode_sound
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
+from diffsynth.request import GenerateRequest
 from diffsynth.training.clip_jobs import ClipJob, long_enough, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
 from diffsynth.training.masks import read_audio_mask, read_video_mask
+from diffsynth.training.networks import (
+    TEXT,
+    computing,
+    files_of,
+    formats_of,
+    open_all,
+    prepare,
+    request_of,
+)
 from diffsynth.training.samples import Sample, entry_of, write_index
-from diffsynth.training.texts import TEXT, encode_texts, files_of, loaded, open_all, text_cache, told
+from diffsynth.training.texts import encode_texts, text_cache, told
 from diffsynth.utils.audio import read_audio
 from diffsynth.utils.files import make_folder
 from diffsynth.utils.images import fit_frames, read_video
@@ -48,26 +59,27 @@ class PreprocessReport:
 def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> PreprocessReport:
     """Make the samples that are not there yet, and the index that names those of this configuration.
 
-    The text model and the encoders are on the device one after the other, each as a whole.
+    The text model comes first, then the encoders: as a whole, or with ``[memory]`` planned within its limits,
+    block by block and tile by tile.
 
     Raises:
         RequestError: the list of clips cannot be read, or no clip in it can be used.
         CheckpointError, DownloadError: the models cannot be opened, or lack a network.
         OutputError: the folder is not writable or the disk is full.
-        MemoryBudgetError: the device ran out of memory.
+        MemoryBudgetError: it does not fit, or the device ran out of memory.
     """
     config.check()
     data, folder = config.data, config.data.folder
     clips = find_clips(data.source, video=data.video)
     opened = open_all(config)
     encoders, captions = opened.only(_encoders(data)), text_cache(config, opened)
-    models = digest_of([*files_of(opened.only(TEXT)), *files_of(encoders)], config.model.dtype)
+    models = digest_of([*files_of(opened.only(TEXT)), *files_of(encoders)], formats_of(config, opened))
     jobs, broken = plan_jobs(told("look at clips", clips, on_progress), data, models)
     make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
     texts = [*(job.caption for job in todo.values()), *config.validation.texts]
     encode_texts(config, opened, captions, texts, on_progress)
-    with out_of_memory_told("smaller buckets", "the encoders"):
+    with out_of_memory_told("smaller buckets, or a lower vram_limit in [memory]", "the encoders"):
         broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
     for where, reason in broken:
         logger.warning("%s is left out: %s", where, reason)
@@ -95,8 +107,10 @@ def _encode_clips(
     broken: list[tuple[str, str]] = []
     if not jobs:
         return broken
-    with loaded(config, opened, _encoders(config.data)) as parts:
+    with computing(config, opened, _encoders(config.data)) as parts:
         for job in told("encode clips", jobs, on_progress):
+            request = request_of(job.bucket, job.fps, job.duration_s)
+            prepare(parts, request, on_progress=on_progress)
             try:
                 sample = _encode(config.data, parts, captions, job)
             except RequestError as error:
@@ -162,7 +176,8 @@ def _encode_audio(parts: Parts, path: Path, job: ClipJob, *, whole: bool) -> Ten
         sound = sound.fit(round(duration_s * sound.sampling_rate))
     else:
         length = min(length, max(1, round(sound.duration_s * AUDIO_LATENTS_PER_S)))
-    return encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype)
+    with parts.memory.phase("encode audio"):
+        return encode_sound(parts.audio_vae_encoder, sound, length, parts.device, parts.dtype).cpu()
 
 
 def _encode_video(
@@ -180,4 +195,6 @@ def _encode_video(
     if len(frames) != (bucket.frames if kept is None else len(kept)):
         raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
     pixels = fit_frames(frames, bucket.height // scale, bucket.width // scale)
-    return encode_tiled(encoder, pixels, TileConfig(), device=parts.device, dtype=parts.dtype).float()
+    with parts.memory.phase("encode inputs 1") as phase:
+        tiling = tile_config(GenerateRequest(), phase.settings)
+        return encode_tiled(encoder, pixels, tiling, device=parts.device, dtype=parts.dtype).float().cpu()

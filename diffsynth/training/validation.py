@@ -25,8 +25,9 @@ from diffsynth.pipelines.result import Result
 from diffsynth.request import GenerateRequest
 from diffsynth.training.clip_plans import Room, plan_clip
 from diffsynth.training.config import TrainConfig
+from diffsynth.training.networks import open_all
 from diffsynth.training.strategy import Role
-from diffsynth.training.texts import encode_texts, open_all, text_cache
+from diffsynth.training.texts import encode_texts, text_cache
 from diffsynth.utils.audio_file import write_audio
 from diffsynth.utils.files import make_folder
 from diffsynth.utils.media_io_ltx2 import write_video_audio_ltx2
