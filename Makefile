@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/diffsynth demo --device cpu --output demo/demo.mp4
 
 test: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
