@@ -12,13 +12,14 @@ from diffsynth.loader import ModelConfig
 from diffsynth.pipelines.assemble import PART_OF, OpenedModels, open_models
 from diffsynth.pipelines.manage import manage
 from diffsynth.pipelines.parts import Parts
-from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.stages import Stage
 from diffsynth.request import TEMPORAL_STEP, GenerateRequest
 from diffsynth.training.config import Bucket, TrainConfig
 
 TEXT = ("text_encoder", "text_encoder_post_modules")
 """The networks that encode captions."""
+_GIVEN = "clip"
+"""Stands in a request for a file that is read elsewhere."""
 
 
 def open_all(config: TrainConfig) -> OpenedModels:
@@ -77,27 +78,13 @@ def computing(config: TrainConfig, opened: OpenedModels, names: Sequence[str]) -
         backend_for(device).empty_cache()
 
 
-def prepare(
-    parts: Parts,
-    request: GenerateRequest,
-    *,
-    prompts: Sequence[str] = (),
-    on_progress: OnProgress = ignore,
-) -> None:
+def prepare(parts: Parts, request: GenerateRequest, prompts: Sequence[str] = ()) -> None:
     """Plan the phases in which the networks of :func:`computing` encode prompts, and what a request is given.
-
-    Args:
-        parts: the networks.
-        request: see :func:`request_of`.
-        prompts: what the text model encodes next.
-        on_progress: told while weights are converted, which happens once.
 
     Raises:
         MemoryBudgetError: it does not fit; the hint says what would.
-        CheckpointError, OutputError: weights cannot be read or converted.
     """
     parts.memory.prepare(request, loras=_no_loras, prompts=prompts)
-    parts.memory.convert(parts.loaded(), on_progress)
 
 
 def request_of(bucket: Bucket | None, fps: float, duration_s: float) -> GenerateRequest:
@@ -123,10 +110,6 @@ def request_of(bucket: Bucket | None, fps: float, duration_s: float) -> Generate
         retake_video=_GIVEN,
         retake_audio=_GIVEN,
     )
-
-
-_GIVEN = "clip"
-"""Stands for a file that is read elsewhere."""
 
 
 def _no_loras(stage: Stage) -> nullcontext[None]:

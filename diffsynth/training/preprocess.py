@@ -6,7 +6,7 @@ A clip that cannot be used is named, and the others go on.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from torch import Tensor
 from diffsynth.conditioning.tokens import AUDIO_LATENTS_PER_S, reference_frames
 from diffsynth.device import out_of_memory_told
 from diffsynth.errors import OutputError, RequestError
+from diffsynth.models.ltx2.tiling import TileConfig
 from diffsynth.models.ltx2.video_tiling import encode_tiled
 from diffsynth.pipelines.assemble import OpenedModels
-from diffsynth.pipelines.checks import tile_config
 from diffsynth.pipelines.encode_inputs import encode_sound
 from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import OnProgress, ignore
 from diffsynth.pipelines.prompt_cache import PromptCache, digest_of
-from diffsynth.request import GenerateRequest
 from diffsynth.training.clip_jobs import ClipJob, long_enough, plan_jobs
 from diffsynth.training.clips import find_clips
 from diffsynth.training.config import Bucket, DataSection, TrainConfig
@@ -77,6 +76,7 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     jobs, broken = plan_jobs(told("look at clips", clips, on_progress), data, models)
     make_folder(folder)
     todo = {job.file: job for job in jobs if not (folder / job.file).exists()}
+    _check_sizes(config, encoders, todo.values())
     texts = [*(job.caption for job in todo.values()), *config.validation.texts]
     encode_texts(config, opened, captions, texts, on_progress)
     with out_of_memory_told("smaller buckets, or a lower vram_limit in [memory]", "the encoders"):
@@ -96,6 +96,18 @@ def _encoders(data: DataSection) -> list[str]:
     return [name for name, needed in wanted.items() if needed]
 
 
+def _check_sizes(config: TrainConfig, opened: OpenedModels, jobs: Iterable[ClipJob]) -> None:
+    """Under limits every size is planned before any weight is read.
+
+    Raises:
+        MemoryBudgetError: one does not fit; the hint names what would.
+    """
+    if config.memory.managed:
+        with computing(config, opened, _encoders(config.data)) as parts:
+            for size in dict.fromkeys((job.bucket, job.fps, job.duration_s) for job in jobs):
+                prepare(parts, request_of(*size))
+
+
 def _encode_clips(
     config: TrainConfig,
     opened: OpenedModels,
@@ -107,10 +119,11 @@ def _encode_clips(
     broken: list[tuple[str, str]] = []
     if not jobs:
         return broken
-    with computing(config, opened, _encoders(config.data)) as parts:
+    names = _encoders(config.data)
+    with computing(config, opened, names) as parts:
         for job in told("encode clips", jobs, on_progress):
-            request = request_of(job.bucket, job.fps, job.duration_s)
-            prepare(parts, request, on_progress=on_progress)
+            prepare(parts, request_of(job.bucket, job.fps, job.duration_s))
+            parts.memory.convert(names, on_progress)
             try:
                 sample = _encode(config.data, parts, captions, job)
             except RequestError as error:
@@ -196,5 +209,5 @@ def _encode_video(
         raise RequestError(f"it ends after {len(frames)} of {bucket.frames} frames", hint="a whole clip")
     pixels = fit_frames(frames, bucket.height // scale, bucket.width // scale)
     with parts.memory.phase("encode inputs 1") as phase:
-        tiling = tile_config(GenerateRequest(), phase.settings)
+        tiling = TileConfig(**phase.settings)
         return encode_tiled(encoder, pixels, tiling, device=parts.device, dtype=parts.dtype).float().cpu()

@@ -56,7 +56,8 @@ def encode_texts(
     ):
         parts.prompt_cache = cache
         for group in told("encode captions", groups, on_progress, sizes=list(map(len, groups))):
-            prepare(parts, GenerateRequest(), prompts=group, on_progress=on_progress)
+            prepare(parts, GenerateRequest(), group)
+            parts.memory.convert(TEXT, on_progress)
             encode_with(parts, group)
             for text in group:
                 if not cache.path(text).exists():

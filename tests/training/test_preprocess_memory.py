@@ -124,7 +124,7 @@ def test_storage_is_part_of_a_sample(tmp_path: Path) -> None:
     assert preprocess(other).made == 3
 
 
-def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_fit_is_refused_at_once(tmp_path: Path) -> None:
     config = configured(tmp_path, "samples", storage="f32")
     with StandIn():
         limit = leanest(config, demands(config)) // 2
@@ -135,3 +135,4 @@ def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
     ):
         preprocess(refused)
     assert device.current_bytes == 0
+    assert not list(tmp_path.rglob("*.safetensors"))  # nothing encoded, nothing converted
