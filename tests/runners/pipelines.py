@@ -178,7 +178,8 @@ def _a2vid(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> 
 
 
 def _retake(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -> Built:
-    regions = ((arguments.pop("start_time"), arguments.pop("end_time")),)
+    start, end = arguments.pop("start_time"), arguments.pop("end_time")
+    regions = ((start, min(end, arguments["frames"] / arguments["fps"])),)  # official code lets it end later
     video, audio = (arguments.pop(f"regenerate_{name}", True) for name in ("video", "audio"))
     arguments["num_frames"], arguments["frame_rate"] = arguments.pop("frames"), arguments.pop("fps")
     more: dict[str, Any] = {
@@ -403,11 +404,11 @@ def _prompts(folder: Path) -> list[str]:
 
 
 def _conventions(case: Case) -> str:
-    """The rules of version 1.0.0 where the case shows them, else those of today."""
+    """The rules of version 1.0.0 where the case shows them or comes from it alone, else those of today."""
     behaviour = case.meta.get("behaviour")
-    if isinstance(behaviour, dict) and behaviour.get("cross_timestep_mode") == "cross":
-        return "official-1.0"
-    return "official"
+    if isinstance(behaviour, dict):
+        return "official-1.0" if behaviour.get("cross_timestep_mode") == "cross" else "official"
+    return "official-1.0" if "ltx-pipelines 1.0.0" in case.meta["source"] else "official"
 
 
 def _guidance(inputs: Mapping[str, Any]) -> dict[str, GuidanceParams]:
@@ -415,7 +416,7 @@ def _guidance(inputs: Mapping[str, Any]) -> dict[str, GuidanceParams]:
     for name in ("video_guidance", "audio_guidance"):
         values = inputs.get(name)
         if isinstance(values, Mapping):  # not "all off"
-            found[name] = GuidanceParams(**{**values, "stg_blocks": tuple(values["stg_blocks"])})
+            found[name] = GuidanceParams(**{**values, "stg_blocks": tuple(values.get("stg_blocks") or ())})
     return found
 
 
