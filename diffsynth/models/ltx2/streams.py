@@ -43,8 +43,8 @@ class Modality:
         positions: (B or 1, n, T, 2) float32 intervals; video n = 3 (seconds, y pixels, x pixels), audio n = 1
             (seconds).
         context: (B, S, text width) text embedding of the stream.
-        context_mask: None, or integer (B, S) with 1 keep and 0 pad, or an additive float mask that
-            broadcasts to (B, H, T, S).
+        context_mask: None, or integer (B, S) or (B, T, S) with 1 keep and 0 pad, or an additive float mask
+            that broadcasts to (B, H, T, S); with three axes it is (B, T or 1, S).
         attention_mask: None, or (B, T, T) strengths 0..1 between the tokens of the stream.
         enabled: False keeps the hidden state as it comes; it still feeds the other stream.
     """
@@ -173,12 +173,15 @@ class PassState:
 def context_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask of the text context.
 
-    Args: mask: integer or bool (B, S), 1 keep, 0 pad; or additive float, used as it is.
-    Returns: (B, 1, 1, S), or the shape of a float mask; in ``dtype``.
+    Args: mask: integer or bool (B, S) or (B, T, S), 1 keep, 0 pad; or additive float (T, S), (B, T, S) or
+        (B, H, T, S), each axis but S may be 1.
+    Returns: (B, 1, 1 or T, S), or the four (or two) axes of a float mask; in ``dtype``.
     """
     if mask.is_floating_point():
-        return mask.to(dtype)
-    return ((mask.to(torch.int64) - 1).to(dtype) * torch.finfo(dtype).max)[:, None, None, :]
+        # Attention aligns axes from the right: the samples of a mask without heads would count as heads.
+        return (mask.unsqueeze(1) if mask.ndim == 3 else mask).to(dtype)
+    bias = (mask.to(torch.int64) - 1).to(dtype) * torch.finfo(dtype).max
+    return bias.reshape(mask.shape[0], 1, -1, mask.shape[-1])
 
 
 def attention_bias(strength: Tensor, dtype: torch.dtype) -> Tensor:

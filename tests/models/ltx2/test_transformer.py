@@ -356,6 +356,19 @@ def test_context_masks_hide_padding() -> None:
     assert differs(masked, network(video, None)[0])
 
 
+def test_context_masks_per_token() -> None:
+    network = tiny_network()
+    video = tiny_modality("video", network.config)
+    keep = torch.rand(2, 12, 7, generator=torch.Generator().manual_seed(3)) > 0.4
+    keep[..., 0] = True
+    masked = network(replace(video, context_mask=keep.long()), None)[0]
+    additive = context_bias(keep, torch.float32)
+    assert additive.shape == (2, 1, 12, 7)
+    # Three axes are samples, tokens and words: not heads, tokens and words.
+    assert torch.equal(network(replace(video, context_mask=additive[:, 0]), None)[0], masked)
+    assert differs(masked, network(replace(video, context_mask=keep[:, 0].long()), None)[0])
+
+
 @torch.inference_mode()
 def test_attention_strength_scales_the_weight_of_a_token() -> None:
     network = tiny_network()
