@@ -1,13 +1,19 @@
 """Every golden case of the repository, and the runner that runs them."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diffsynth.models.ltx2.rope import RopeLayout, interval_fractions, rope_table
+from diffsynth.models.ltx2.transformer import KEY_PREFIXES, LTX2Transformer, TransformerConfig
 from tests.golden.__main__ import main
 from tests.runners import collect, run
+from tests.runners.transformer import modality
+from tests.runners.transformer_trace import as_recorded, from_recorded
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = list(collect([FOLDER]))
@@ -72,3 +78,43 @@ def test_a_case_of_a_feature_to_come_is_listed(tmp_path: Path, capsys: pytest.Ca
         f"later   {case}  [ltx-video scheduler]  LTX-Video is not built yet",
         "0 passed, 0 failed, 1 later",
     ]
+
+
+def test_tables_of_both_layouts_are_read_as_recorded() -> None:
+    fractions = interval_fractions(torch.rand(2, 3, 5, 2), (1, 1, 1))
+    for layout, shape in ((RopeLayout.SPLIT, (2, 4, 5, 5)), (RopeLayout.INTERLEAVED, (2, 5, 40))):
+        table = rope_table(fractions, width=40, heads=4, layout=layout).cos
+        recorded = as_recorded(table, layout)
+        assert recorded.shape == shape
+        assert torch.equal(from_recorded(recorded, layout, 4), table)
+    assert (recorded[..., :4] == 1).all(), "40 mod 6 entries pad the front"
+    assert torch.equal(recorded[..., ::2], recorded[..., 1::2])
+
+
+@torch.inference_mode()
+def test_a_case_with_one_timestep_per_sample(tmp_path: Path) -> None:
+    """Its modulations have one row, and other inputs that it brings need not agree in all modes."""
+    with safe_open(FOLDER / "transformer" / "full_ltx23.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        meta = json.loads(file.metadata()["case"])
+    tensors = {key: value for key, value in tensors.items() if key.startswith(("weights/", "in/"))}
+    for stream in ("video", "audio"):
+        tensors[f"in/{stream}_timesteps"] = tensors[f"in/{stream}_sigma"][:, None, None].clone()
+    tensors["in_louder/audio_sigma"] = tensors["in/audio_sigma"] / 2
+    prefix = f"weights/{next(iter(KEY_PREFIXES))}"
+    network = LTX2Transformer(TransformerConfig.from_sections(meta["config"]))
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    inputs = {key.removeprefix("in/"): value for key, value in tensors.items() if key.startswith("in/")}
+    louder = inputs | {"audio_sigma": tensors["in_louder/audio_sigma"]}
+    for tag, given in (("", inputs), ("louder/", louder)):
+        video = network(modality(given, "video"), modality(given, "audio"))[0]
+        assert video is not None
+        tensors[f"out/{tag}video_velocity"] = video
+        tensors[f"out/{tag}video_x0"] = given["video_latent"] - given["video_timesteps"] * video
+    rows = network.adaln_single(inputs["video_sigma"] * 1000, torch.float32)[0]
+    tensors["mid/video_adaln_modulation"] = rows.flatten(1)[:, None]
+    case = tmp_path / "case.safetensors"
+    save_file(tensors, case, {"case": json.dumps(meta)})
+    outcome = run(case)
+    assert outcome.status == "passed", f"{outcome.line()}\n{outcome.details(only_failures=True)}"
+    assert len(outcome.comparisons) == 5

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffsynth.models.ltx2.layers import Attention, FeedForward
-from diffsynth.models.ltx2.modulation import Modulation
-from diffsynth.models.ltx2.rope import RopeTable, rotate
+from diffsynth.models.ltx2.rope import RopeLayout, RopeTable, rotate
 from diffsynth.models.ltx2.transformer import LTX2Transformer, PassState, StreamState, TransformerBlock
 from tests.runners.case import Case
 
@@ -19,6 +18,20 @@ def rotated(x: Tensor, table: RopeTable) -> Tensor:
     """Rotate (B, T, I)."""
     heads = table.cos.shape[1]
     return rotate(x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2), table).transpose(1, 2).flatten(2)
+
+
+def as_recorded(table: Tensor, layout: RopeLayout) -> Tensor:
+    """The reference keeps interleaved tables as (B, T, W) with every entry twice."""
+    if layout is RopeLayout.SPLIT:
+        return table
+    return table.transpose(1, 2).flatten(2).repeat_interleave(2, dim=-1)
+
+
+def from_recorded(table: Tensor, layout: RopeLayout, heads: int) -> Tensor:
+    """Inverse of :func:`as_recorded`: (B, H, T, d/2)."""
+    if layout is RopeLayout.SPLIT:
+        return table
+    return table[..., ::2].unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @dataclass
@@ -122,24 +135,23 @@ def named_streams(state: PassState) -> list[tuple[str, StreamState]]:
 
 
 def stream_mids(state: StreamState) -> dict[str, Tensor]:
-    """The prepared tensors of a stream under the names of the cases, modulations in their plain form."""
-    batch, tokens, width = state.hidden.shape
+    """The prepared tensors of a stream under the names of the cases.
+
+    Modulations are in their plain form, with one row where all tokens or all samples share it.
+    """
     mids = {"hidden_in": state.hidden.clone(), "context": state.context}
-
-    def plain(modulation: Modulation, length: int) -> Tensor:
-        return modulation.expand().expand(batch, length, -1)
-
-    mids["adaln_modulation"] = plain(state.modulation, tokens)
-    mids["embedded_timestep"] = plain(state.embedded, tokens)[..., :width]
+    mids["adaln_modulation"] = state.modulation.expand()
+    mids["embedded_timestep"] = state.embedded.expand()[..., : state.hidden.shape[-1]]
     if state.prompt is not None:
-        mids["prompt_modulation"] = plain(state.prompt, 1)
+        mids["prompt_modulation"] = state.prompt.expand()
     if state.cross_scale_shift is not None:
-        mids["cross_scale_shift_modulation"] = plain(state.cross_scale_shift, tokens)
+        mids["cross_scale_shift_modulation"] = state.cross_scale_shift.expand()
     if state.cross_gate is not None:
-        mids["cross_gate_modulation"] = plain(state.cross_gate, 1)
+        mids["cross_gate_modulation"] = state.cross_gate.expand()
     for name, table in (("rope", state.rope), ("cross_rope", state.cross_rope)):
         if table is not None:
-            mids |= {f"{name}_cos": table.cos, f"{name}_sin": table.sin}
+            mids[f"{name}_cos"] = as_recorded(table.cos, table.layout)
+            mids[f"{name}_sin"] = as_recorded(table.sin, table.layout)
     for name, bias in (
         ("self_attention_bias", state.attention_bias),
         ("context_bias", state.context_bias),
