@@ -27,6 +27,8 @@ class Denoiser:
     Attributes:
         positive, negative: contexts of the prompt; ``negative`` may be None when no pass needs it.
         dtype: what the network computes in; the states keep their own dtype.
+        positive_only: streams that have no negative context while they are frozen and unguided, as the sound
+            of an official audio-to-video run.
         chunk_tokens: tokens that a feed-forward handles at once.
         estimates: x0 by stream of the step before, for streams that sit a step out.
     """
@@ -38,6 +40,7 @@ class Denoiser:
     audio_guidance: GuidanceParams
     conventions: Conventions
     dtype: torch.dtype
+    positive_only: frozenset[str] = frozenset()
     chunk_tokens: int | None = None
     estimates: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -53,8 +56,8 @@ class Denoiser:
         if awake:
             kinds = guidance_passes(awake.get("video"), awake.get("audio"))
             streams = {name: self._stream(name, state, sigma) for name, state in states.items()}
-            # A given stream without guidance of its own has no negative context.
-            positive_only = {n for n, state in states.items() if state.frozen and guidance[n].cfg_scale == 1}
+            unguided = {n for n, state in states.items() if state.frozen and guidance[n].cfg_scale == 1}
+            positive_only = unguided & self.positive_only
             passes = [self._pass(kind, streams, positive_only, skipped) for kind in kinds]
             velocities = self.transformer.forward_passes(
                 passes,
@@ -100,11 +103,12 @@ class Denoiser:
         elif kind is PassKind.ISOLATED:
             perturbations = _ISOLATED
         own: dict[str, Modality] = {}
+        asleep = set() if kind is PassKind.UNCOND and self.conventions.skipped_in_uncond else skipped
         for name, stream in streams.items():
             context = stream.context
             if kind is PassKind.UNCOND and self.negative is not None and name not in positive_only:
                 context = _context(self.negative, name)
-            own[name] = replace(stream, context=context, enabled=name not in skipped)
+            own[name] = replace(stream, context=context, enabled=name not in asleep)
         batch = next(iter(streams.values())).latent.shape[0]
         return Pass(
             video=own.get("video"),

@@ -98,6 +98,7 @@ class Denoise:
             audio_guidance=stage.audio_guidance,
             conventions=conventions,
             dtype=parts.dtype,
+            positive_only=frozenset({"audio"} if state.request.retake_video is None else ()),
             chunk_tokens=free_chunk(longest),
             estimates=state.unfinished.estimates,
         )

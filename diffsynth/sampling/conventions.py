@@ -88,6 +88,8 @@ class Conventions:
     image_fit: ImageFit = ImageFit.CROP
     keyframe_strength: bool = True
     """False: keyframes are kept exactly, whatever their strength."""
+    skipped_in_uncond: bool = False
+    """True: a stream that sits a step out is shown to the other one in the unconditional pass."""
 
 
 OFFICIAL = Conventions(name="official")
@@ -99,6 +101,7 @@ OFFICIAL_1_0 = Conventions(
     keyframe_span=KeyframeSpan.LATENT,
     noiser=NoiserRule.ONE_LERP,
     frozen_sigma=FrozenSigma.CURRENT,
+    skipped_in_uncond=True,
 )
 """Official ltx-core and ltx-pipelines 1.0.0, with positions kept in float32."""
 
