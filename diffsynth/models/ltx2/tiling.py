@@ -229,11 +229,12 @@ def _feathered_side(length: int, size: int, overlap: int) -> tuple[Interval, ...
     intervals = []
     margin = overlap // SPATIAL_SCALE
     for start in range(0, max(length - overlap, 1), size - overlap):
-        reach = min(start + size, length)
-        stop = start + (reach - start) // SPATIAL_SCALE * SPATIAL_SCALE
+        stop = start + min(size, length - start) // SPATIAL_SCALE * SPATIAL_SCALE
+        if stop == start:  # a rest narrower than one latent
+            continue
         out_start, out_stop = start // SPATIAL_SCALE, stop // SPATIAL_SCALE
         ramp = _rising(margin) if margin < out_stop - out_start else ()
-        mask = _mask(out_stop - out_start, ramp if start > 0 else (), ramp[::-1] if reach < length else ())
+        mask = _mask(out_stop - out_start, ramp if start > 0 else (), ramp[::-1] if stop < length else ())
         intervals.append(Interval(start=start, stop=stop, out_start=out_start, out_stop=out_stop, mask=mask))
     return tuple(intervals)
 

@@ -9,12 +9,19 @@ Source: official ltx-core 1.0.0.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import CheckpointError, RequestError
-from diffsynth.models.ltx2.video_vae_config import SPATIAL_SCALE, TEMPORAL_SCALE, Stage, VideoVAEConfig
+from diffsynth.models.ltx2.video_vae_config import (
+    SPATIAL_SCALE,
+    TEMPORAL_SCALE,
+    PaddingMode,
+    Stage,
+    VideoVAEConfig,
+)
 from diffsynth.models.ltx2.video_vae_layers import (
     PerChannelStatistics,
     TemporalPaddedConv3d,
@@ -70,6 +77,7 @@ class VideoEncoder(nn.Module):
             raise CheckpointError("the file holds no video encoder", hint="a full LTX-2 checkpoint")
         self.config = config
         padding = config.encoder_padding
+        self.min_cells = _min_cells(padding)
         channels = config.latent_channels
         patch_channels = config.in_channels * config.patch_size**2
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels)
@@ -94,9 +102,10 @@ class VideoEncoder(nn.Module):
             (B, C, F', H', W'), same dtype: about zero mean and unit variance per channel.
 
         Raises:
-            RequestError: H or W is not a multiple of 32.
+            RequestError: H or W is not a multiple of 32, or 32 where the encoder pads by reflection.
         """
         check_picture_size(pixels)
+        _check_cells("encoder", [size // SPATIAL_SCALE for size in pixels.shape[-2:]], self.min_cells)
         x = patchify(drop_trailing_frames(pixels), self.config.patch_size)
         x = self.conv_in.pad(x)
         x = self.conv_in(x)
@@ -125,7 +134,7 @@ class VideoDecoder(nn.Module):
             raise CheckpointError("the file holds no video decoder", hint="a full LTX-2 checkpoint")
         self.config = config
         causal, padding = config.causal_decoder, config.decoder_padding
-        self.min_cells = 2 if padding == "reflect" else 1
+        self.min_cells = _min_cells(padding)
         channels = 8 * config.decoder_base_channels
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels)
         self.conv_in = TemporalPaddedConv3d(config.latent_channels, channels, causal=causal, padding=padding)
@@ -148,12 +157,7 @@ class VideoDecoder(nn.Module):
         Raises:
             RequestError: the latent is one cell high or wide and the decoder pads by reflection.
         """
-        if min(latent.shape[-2:]) < self.min_cells:
-            height, width = (SPATIAL_SCALE * cells for cells in latent.shape[-2:])
-            raise RequestError(
-                f"{width}x{height} is too small: this decoder pads by reflection and needs two latent cells",
-                hint=f"height and width of at least {2 * SPATIAL_SCALE}",
-            )
+        _check_cells("decoder", latent.shape[-2:], self.min_cells)
         x = self.per_channel_statistics.unnormalize(latent)
         x = self.conv_in.pad(x)
         x = self.conv_in(x)
@@ -186,6 +190,21 @@ def check_picture_size(pixels: Tensor) -> None:
         raise RequestError(
             f"width={width}, height={height} are not both multiples of {SPATIAL_SCALE}",
             hint=f"{lower[0]}x{lower[1]}",
+        )
+
+
+def _min_cells(padding: PaddingMode) -> int:
+    """Smallest height and width of a latent: padding by reflection needs two cells to mirror."""
+    return 2 if padding == "reflect" else 1
+
+
+def _check_cells(part: str, cells: Sequence[int], smallest: int) -> None:
+    """Raise RequestError when a latent of ``cells`` (H', W') is smaller than ``part`` can pad."""
+    if min(cells) < smallest:
+        height, width = (SPATIAL_SCALE * size for size in cells)
+        raise RequestError(
+            f"{width}x{height} is too small: this {part} pads by reflection and needs two latent cells",
+            hint=f"height and width of at least {smallest * SPATIAL_SCALE}",
         )
 
 

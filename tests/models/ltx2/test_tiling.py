@@ -142,6 +142,16 @@ def test_encode_in_feathered_tiles_takes_a_short_side_whole() -> None:
     assert len(plan.width) == 4
 
 
+def test_a_feathered_tile_that_stops_short_of_the_border_fades_there_too() -> None:
+    # 304 pixels are nine latents and a half, 208 are six and a half: the halves are in no tile.
+    plan = encode_plan((1, 208, 304), cells(6, 2, 2, 1), "diffsynth")
+    assert [(i.start, i.stop) for i in plan.width] == [(0, 192), (128, 288)]
+    assert plan.width[1].mask == pytest.approx((1 / 3, 2 / 3, 1, 2 / 3, 1 / 3))
+    assert [(i.start, i.stop) for i in plan.height] == [(0, 192), (128, 192)]
+    without_overlap = encode_plan((1, 208, 304), cells(6, 0, 2, 1), "diffsynth")
+    assert [(i.start, i.stop) for i in without_overlap.height] == [(0, 192)]
+
+
 class LocalDecoder(nn.Module):
     """Reach zero: a pixel depends on its own latent alone, so tiled must equal whole everywhere."""
 

@@ -258,6 +258,10 @@ def test_sizes_that_cannot_work_are_refused_by_name() -> None:
     with pytest.raises(RequestError, match=r"128x32 is too small.* Try: .*64"):
         VideoDecoder(tiny_config(reflect=True)).decode(low)
     assert VideoDecoder(tiny_config()).decode(low).shape == (1, 3, 1, 32, 128)
+    narrow = torch.zeros(1, 3, 1, 64, 32)
+    with pytest.raises(RequestError, match=r"32x64 is too small: this encoder .* Try: .*64"):
+        VideoEncoder(tiny_config(reflect=True)).encode(narrow)
+    assert VideoEncoder(tiny_config()).encode(narrow).shape == (1, 8, 1, 2, 1)
 
 
 def test_statistics_have_hyphenated_names_and_invert_each_other() -> None:
