@@ -18,7 +18,7 @@ from diffsynth.models.ltx2.rope import (
     rope_angles,
     rope_table,
 )
-from diffsynth.models.ltx2.streams import Skips
+from diffsynth.models.ltx2.streams import Skips, context_bias
 from diffsynth.models.ltx2.transformer import (
     EXCLUDED_PREFIXES,
     KEY_PREFIXES,
@@ -219,7 +219,7 @@ def prepared_stream(given: dict[str, Tensor], stream: str, config: TransformerCo
         cross_scale_shift=modulation("cross_scale_shift_modulation"),
         cross_gate=modulation("cross_gate_modulation"),
         context=own["context"],
-        context_bias=own.get("context_bias"),
+        context_bias=context_bias(own["context_bias"], main.values.dtype) if "context_bias" in own else None,
         attention_bias=own.get("attention_bias", own.get("self_attention_bias")),
         rope=rope_self,
         cross_rope=table("cross_rope"),
@@ -242,7 +242,11 @@ def full(case: Case) -> None:
     primary = partial(check_velocities, case, network, inputs, "out/", CrossTimestep.TOKENWISE)
     seen = record_network(network, primary)
     for name in recorded_order(case, seen):
-        case.check(f"mid/{name}", seen[name].expand_as(case[f"mid/{name}"]))
+        recorded = case[f"mid/{name}"]
+        if name.endswith("context_bias"):
+            # A float mask is recorded as it came, perhaps without an axis of heads.
+            recorded = context_bias(recorded, recorded.dtype)
+        case.compare(f"mid/{name}", seen[name].expand_as(recorded), recorded)
     # Intermediates first: put the outputs that the traced run compared behind them.
     outputs = [c for c in case.comparisons if c.name.startswith("out/")]
     case.comparisons[:] = [c for c in case.comparisons if not c.name.startswith("out/")] + outputs
