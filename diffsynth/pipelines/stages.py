@@ -9,6 +9,7 @@ from torch import Tensor
 from diffsynth.conditioning.tokens import video_latent_shape
 from diffsynth.pipelines.presets import OFFICIAL_PRESETS
 from diffsynth.request import GenerateRequest, GuidanceParams
+from diffsynth.sampling.conventions import Conventions
 from diffsynth.sampling.loops import RES_2S_LAST_SIGMA
 from diffsynth.sampling.schedules import DEFAULT_TOKENS, DISTILLED_STAGE_1, DISTILLED_STAGE_2, ltx2_schedule
 
@@ -96,6 +97,12 @@ def keeps_video(request: GenerateRequest) -> bool:
 def keeps_audio(request: GenerateRequest) -> bool:
     """Whether a given sound stays as it is, so that only pictures are made for it."""
     return request.retake_audio is not None and not request.retake_audio_regions
+
+
+def positive_only(request: GenerateRequest, conventions: Conventions) -> frozenset[str]:
+    """Streams that lack a negative context while they are kept: sound of audio-to-video, not of a retake."""
+    a2v = request.retake_video is None and not conventions.given_sound_has_negative
+    return frozenset({"audio"} if a2v else ())
 
 
 def _guidance(request: GenerateRequest) -> tuple[GuidanceParams, GuidanceParams]:

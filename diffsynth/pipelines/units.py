@@ -28,7 +28,7 @@ from diffsynth.pipelines.parts import Parts
 from diffsynth.pipelines.progress import Denoised, Progress
 from diffsynth.pipelines.sample import sample
 from diffsynth.pipelines.sanity import check_finite_values, tell_plain_frames
-from diffsynth.pipelines.stages import Stage, guided
+from diffsynth.pipelines.stages import Stage, guided, positive_only
 from diffsynth.pipelines.state import GenerationState, Unfinished
 from diffsynth.request import GenerateRequest
 from diffsynth.sampling.loops import Step
@@ -98,7 +98,7 @@ class Denoise:
             audio_guidance=stage.audio_guidance,
             conventions=conventions,
             dtype=parts.dtype,
-            positive_only=frozenset({"audio"} if state.request.retake_video is None else ()),
+            positive_only=positive_only(state.request, conventions),
             chunk_tokens=free_chunk(longest),
             estimates=state.unfinished.estimates,
         )

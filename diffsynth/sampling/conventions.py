@@ -90,6 +90,8 @@ class Conventions:
     """False: keyframes are kept exactly, whatever their strength."""
     skipped_in_uncond: bool = False
     """True: a stream that sits a step out is shown to the other one in the unconditional pass."""
+    given_sound_has_negative: bool = False
+    """True: the sound of audio-to-video has the negative context in the unconditional pass, as the video."""
 
 
 OFFICIAL = Conventions(name="official")
@@ -116,6 +118,7 @@ DIFFSYNTH = Conventions(
     region_edges=RegionEdges.CLOSED,
     image_fit=ImageFit.STRETCH,
     keyframe_strength=False,
+    given_sound_has_negative=True,
 )
 """DiffSynth-Studio 2.1.12 without its rounding of timesteps and positions to bfloat16."""
 

@@ -11,8 +11,9 @@ from diffsynth.conditioning.state import ModalityState
 from diffsynth.conditioning.text import PromptContext
 from diffsynth.models.ltx2.streams import Pass
 from diffsynth.pipelines.denoiser import Denoiser
-from diffsynth.request import GuidanceParams
-from diffsynth.sampling.conventions import OFFICIAL, OFFICIAL_1_0, Conventions
+from diffsynth.pipelines.stages import positive_only
+from diffsynth.request import GenerateRequest, GuidanceParams
+from diffsynth.sampling.conventions import DIFFSYNTH, OFFICIAL, OFFICIAL_1_0, Conventions
 
 VIDEO = ModalityState.video((1, 4, 1, 2, 2), 24.0)
 AUDIO = ModalityState.audio((1, 2, 3, 2))
@@ -81,4 +82,7 @@ def test_given_sound_of_audio_to_video_has_no_negative_context() -> None:
 
 
 def test_what_a_retake_keeps_has_the_negative_context() -> None:
+    assert positive_only(GenerateRequest(retake_audio="sound"), OFFICIAL) == {"audio"}
+    assert not positive_only(GenerateRequest(retake_audio="sound"), DIFFSYNTH)
+    assert not positive_only(GenerateRequest(retake_audio="sound", retake_video="clip"), OFFICIAL)
     assert uncond_contexts(VIDEO, Frozen().apply(AUDIO)) == (-1, -1)

@@ -82,6 +82,8 @@ class Evaluations:
         self._counts[stage] += 1
         for modality in ("video", "audio"):
             stream = getattr(passes[0], modality)
+            if stream is None:
+                continue
             name = f"mid/stage{stage}/eval{number:02}"
             self.found[f"{name}_{modality}_in"] = stream.latent
             self.found.setdefault(f"{name}_sigma", stream.sigma)
@@ -246,12 +248,10 @@ def diffsynth(case: Case) -> None:
     images = tuple(Image.open(case.path.parent.parent / name) for name in arguments.get("input_images", []))
     arguments["input_images"] = tuple(arguments.get("input_images", ()))
     arguments["input_images_indexes"] = tuple(arguments.get("input_images_indexes", (0,)))
-    clip = None
-    if "in/retake_video_uint8" in case:
-        blocks = case["in/retake_video_uint8"]
-        frames = blocks.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2).numpy()
-        clip = tuple(Image.fromarray(frame) for frame in frames)
-        arguments["retake_video_regions"] = tuple(map(tuple, arguments["retake_video_regions"]))
+    for name in ("retake_video_regions", "retake_audio_regions", "in_context_videos"):
+        given = arguments.get(name) or ()
+        arguments[name] = tuple(tuple(item) if isinstance(item, list) else item for item in given)
+    clip, reference = (_clip(case, f"in/{name}_uint8") for name in ("retake_video", "in_context_video"))
     request = GenerateRequest(
         prompt=inputs["prompt"],
         negative_prompt=inputs["negative_prompt"],
@@ -260,12 +260,30 @@ def diffsynth(case: Case) -> None:
         conventions="diffsynth",
         tiled=False,
     )
-    result = run_and_compare(case, pipe, request, Inputs(images=images, retake_video=clip))
-    frames_out, (width, height) = inputs["video_out"]
-    assert result.frames is not None
+    if "in/audio_latent" in case:
+        pipe.parts.audio_vae_encoder = Encoded(pipe.audio_vae_encoder, case["in/audio_latent"])  # type: ignore[assignment]
+    given = Inputs(
+        images=images,
+        retake_video=clip,
+        in_context_videos=() if reference is None else (reference,),
+        retake_audio=_some_sound(request) if request.retake_audio else None,
+    )
+    result = run_and_compare(case, pipe, request, given)
     assert result.waveform is not None
-    case.check_equal("video_out", [len(result.frames), result.frames[0].size], [frames_out, (width, height)])
-    case.check_equal("audio_out", list(result.waveform.samples.shape), inputs["audio_out"])
+    if result.frames is not None:
+        frames_out, (width, height) = inputs["video_out"]
+        made = [len(result.frames), result.frames[0].size]
+        case.check_equal("video_out", made, [frames_out, (width, height)])
+    if request.retake_audio is None or request.retake_audio_regions:  # kept sound comes back as it was given
+        case.check_equal("audio_out", list(result.waveform.samples.shape), inputs["audio_out"])
+
+
+def _clip(case: Case, name: str) -> tuple[Image.Image, ...] | None:
+    """Frames of a clip that is recorded in blocks of 8x8 pixels."""
+    if name not in case:
+        return None
+    frames = case[name].repeat_interleave(8, dim=1).repeat_interleave(8, dim=2).numpy()
+    return tuple(Image.fromarray(frame) for frame in frames)
 
 
 def defaults(case: Case) -> None:
@@ -309,10 +327,9 @@ def run_and_compare(
     result = pipe.generate(request, given, recorder)
     found = _recorded(recorder, pipe, patchified=case.component == "pipeline") | evaluations.found
     last = max(recorder.steps)
-    found |= {
-        "out/final_video_latents": found[f"out/stage{last}/video_final"],
-        "out/final_audio_latents": found[f"out/stage{last}/audio_final"],
-    }
+    for modality in ("video", "audio"):
+        if f"out/stage{last}/{modality}_final" in found:
+            found[f"out/final_{modality}_latents"] = found[f"out/stage{last}/{modality}_final"]
     if last == 2 and "mid/upsampled_video" in case:
         found["mid/upsampled_video"] = _upsampled(pipe, recorder)
     for name in [*case.group("mid/"), *case.group("out/")]:
@@ -336,6 +353,8 @@ def _recorded(recorder: Recorder, pipe: LTX2AudioVideoPipeline, *, patchified: b
         found[f"mid/{stage}/sigmas"] = sigmas
         found[f"mid/{stage}/timesteps"] = sigmas * 1000
         for modality in ("video", "audio"):
+            if getattr(steps[0], modality) is None:
+                continue
             for index, step in enumerate(steps):
                 state = getattr(step, modality)
                 tokens = state.latent if patchified else state.unpatchified()
