@@ -30,13 +30,16 @@ _RELEASED_DILATIONS = (1, 3, 5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorConfig:
-    """One generator: lengths grow by ``upsample_rates``, channels halve from ``upsample_initial_channel``."""
+    """One generator: lengths grow by ``upsample_rates``, channels halve from ``upsample_initial_channel``.
 
-    upsample_initial_channel: int
-    upsample_rates: tuple[int, ...]
-    upsample_kernel_sizes: tuple[int, ...]
-    resblock_kernel_sizes: tuple[int, ...]
-    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+    The defaults are those of the file format.
+    """
+
+    upsample_initial_channel: int = 1024
+    upsample_rates: tuple[int, ...] = (6, 5, 2, 2, 2)
+    upsample_kernel_sizes: tuple[int, ...] = (16, 15, 8, 4, 4)
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = (_RELEASED_DILATIONS,) * 3
     use_tanh_at_final: bool = True
     use_bias_at_final: bool = True
 
@@ -67,13 +70,8 @@ class GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocoderConfig(GeneratorConfig):
-    """The LTX-2 vocoder; the defaults are those of the file format.  ``output_sampling_rate`` in Hz."""
+    """The LTX-2 vocoder; ``output_sampling_rate`` in Hz."""
 
-    upsample_initial_channel: int = 1024
-    upsample_rates: tuple[int, ...] = (6, 5, 2, 2, 2)
-    upsample_kernel_sizes: tuple[int, ...] = (16, 15, 8, 4, 4)
-    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
-    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = (_RELEASED_DILATIONS,) * 3
     output_sampling_rate: int = 24000
 
     @classmethod

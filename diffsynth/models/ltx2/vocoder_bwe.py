@@ -210,7 +210,8 @@ class SnakeBeta(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) float32 -> the same shape."""
         frequency, magnitude = self.alpha.float().exp()[:, None], self.beta.float().exp()[:, None]
-        return (x * frequency).sin_().square_().div_(magnitude + _SNAKE_EPS).add_(x)
+        # The reciprocal, not the quotient: a hundred of these in a row amplify the rounding.
+        return (x * frequency).sin_().square_().mul_(1.0 / (magnitude + _SNAKE_EPS)).add_(x)
 
 
 class KaiserUpsample(nn.Module):

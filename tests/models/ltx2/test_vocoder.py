@@ -13,6 +13,7 @@ from diffsynth.errors import CheckpointError, RequestError
 from diffsynth.models.ltx2.mel import resample
 from diffsynth.models.ltx2.vocoder import GeneratorConfig, Vocoder, VocoderConfig, decode_audio
 from diffsynth.models.ltx2.vocoder_bwe import (
+    SnakeBeta,
     VocoderBWE,
     VocoderBWEConfig,
     hann_upsample,
@@ -170,6 +171,14 @@ def test_unknown_metadata_is_refused(name: str, path: tuple[str, ...], value: di
         kind.config_class.from_sections(config)
 
 
+@pytest.mark.parametrize("part", ["vocoder", "bwe"])
+def test_absent_sizes_of_a_generator_are_those_of_the_format(part: str) -> None:
+    config = sections("ltx-2.3-22b")
+    del config["vocoder"][part]["resblock_kernel_sizes"]
+    del config["vocoder"][part]["resblock_dilation_sizes"]
+    assert VocoderBWEConfig.from_sections(config) == VocoderBWEConfig.from_sections(sections("ltx-2.3-22b"))
+
+
 def test_each_parser_refuses_the_other_section() -> None:
     with pytest.raises(CheckpointError, match="bwe"):
         VocoderConfig.from_sections(sections("ltx-2.3-22b"))
@@ -250,6 +259,14 @@ def test_hann_upsampling_is_the_resampler_away_from_the_ends(ratio: int) -> None
     torch.testing.assert_close(wide[..., inner], expected[..., inner], atol=2e-6, rtol=0)
     constant = hann_upsample(torch.ones(1, 1, 9), ratio)
     torch.testing.assert_close(constant, torch.ones_like(constant), atol=5e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_snake_rounds_as_the_original() -> None:
+    snake = SnakeBeta(3)
+    snake.load_state_dict({"alpha": noise(3), "beta": noise(3)})
+    x, a, b = 30 * noise(2, 3, 50), snake.alpha.exp()[:, None], snake.beta.exp()[:, None]
+    assert torch.equal(snake(x), x + (1 / (b + 1e-9)) * torch.sin(x * a) ** 2)
 
 
 @torch.inference_mode()
