@@ -91,6 +91,8 @@ class FeatureExtractor(nn.Module):
         x = state.float()
         if self.config.separate:
             return functional.rms_norm(x, x.shape[-1:], eps=_EPS)
+        if not x.numel():  # no token, no range: the context will be registers alone
+            return x
         low, high = torch.aminmax(x)
         mean = x.sum() / (x.numel() + _EPS)
         # The mean leaves before the product: taken out of the sum afterwards, it would cancel badly.

@@ -106,6 +106,14 @@ def test_a_state_is_not_changed_and_a_constant_one_gives_finite_features(separat
 
 
 @pytest.mark.parametrize("separate", [False, True])
+def test_a_prompt_without_tokens_has_no_features(separate: bool) -> None:
+    model = extractor(separate=separate)
+    first, second = accumulate(model, [torch.ones(0, D, L), stacked_states()[0]])
+    assert len(first.video) == len(first.audio) == 0
+    assert torch.isfinite(second.video).all()
+
+
+@pytest.mark.parametrize("separate", [False, True])
 def test_bfloat16_weights_and_states_accumulate_in_float32(separate: bool) -> None:
     model = extractor(separate=separate).to(torch.bfloat16)
     states = [x.bfloat16() for x in stacked_states()]
