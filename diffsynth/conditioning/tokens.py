@@ -150,17 +150,27 @@ def reference_frames(num_frames: int, temporal_scale_factor: int) -> list[int]:
     return [0, *range(1, num_frames, temporal_scale_factor)]
 
 
-def audio_positions(frames: int, *, shift: int = 0, causal: bool = True, batch: int = 1) -> Tensor:
+def audio_positions(
+    frames: int,
+    *,
+    shift: int = 0,
+    causal: bool = True,
+    batch: int = 1,
+    mel_per_latent: int = _MEL_PER_LATENT,
+    mel_hop: int = _MEL_HOP,
+    sample_rate_hz: int = _SAMPLE_RATE_HZ,
+) -> Tensor:
     """Positions of audio latents: (B, 1, frames, 2) float32 on the CPU, seconds.
 
     Args:
         shift: index of the first latent.
         causal: latent 0 covers one mel frame, [0, 0.01) s, the others four; otherwise all cover four.
+        mel_per_latent, mel_hop, sample_rate_hz: of the audio VAE; the defaults are those of every checkpoint.
     """
-    mel = torch.arange(shift, shift + frames + 1, dtype=torch.float32) * _MEL_PER_LATENT
+    mel = torch.arange(shift, shift + frames + 1, dtype=torch.float32) * mel_per_latent
     if causal:
-        mel = (mel + 1 - _MEL_PER_LATENT).clamp(min=0)
-    seconds = mel * _MEL_HOP / _SAMPLE_RATE_HZ
+        mel = (mel + 1 - mel_per_latent).clamp(min=0)
+    seconds = mel * mel_hop / sample_rate_hz
     return _batched(torch.stack([seconds[:-1], seconds[1:]], dim=-1)[None], batch)
 
 

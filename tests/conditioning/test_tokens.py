@@ -81,6 +81,11 @@ def test_shifted_audio_is_the_rest_of_a_longer_one() -> None:
     assert tokens.audio_positions(1, causal=False)[0, 0, 0].tolist() == pytest.approx([0, 0.04])
 
 
+def test_audio_of_other_scales() -> None:
+    audio = tokens.audio_positions(2, mel_per_latent=8, mel_hop=240, sample_rate_hz=24000)
+    assert audio[0, 0].tolist() == [pytest.approx([0, 0.01]), pytest.approx([0.01, 0.09])]
+
+
 @pytest.mark.parametrize(
     ("index", "one_frame", "frames"),
     [

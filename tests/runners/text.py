@@ -19,6 +19,7 @@ from diffsynth.models.ltx2.connectors import (
 from diffsynth.models.ltx2.feature_extractor import FeatureExtractor, PromptFeatures
 from diffsynth.models.ltx2.layers import TextProjection
 from tests.runners.case import Case
+from tests.runners.transformer_trace import as_recorded
 
 TRANSFORMER = "model.diffusion_model."
 
@@ -194,7 +195,7 @@ def check_connector(
     rope = connector.rope(length, torch.device("cpu"))
     for function in ("cos", "sin"):
         if (name := f"mid/{stream}_rope_{function}") in case:
-            case.check(name, getattr(rope, function))
+            case.check(name, as_recorded(getattr(rope, function), rope.layout))
     names = [name for name in case.tensors if re.fullmatch(rf"mid/{stream}_block\d+(_attn1)?", name)]
     for name in sorted(names, key=list(recorder.outputs).index):
         case.check(name, torch.cat(recorder.outputs[name]))

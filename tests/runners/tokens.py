@@ -12,6 +12,13 @@ from diffsynth.models.ltx2.mel import MelConfig, log_mel, resample
 from diffsynth.sampling import steps
 from tests.runners.case import Case
 
+# Keys of a case's configuration -> arguments of ``audio_positions``.
+_AUDIO_SCALES = {
+    "audio_latent_downsample_factor": "mel_per_latent",
+    "hop_length": "mel_hop",
+    "sample_rate": "sample_rate_hz",
+}
+
 
 def patchify_positions(case: Case) -> None:
     """Patchify, positions and the conversions between velocity and x0."""
@@ -90,13 +97,16 @@ def audio_patchifier(case: Case) -> None:
     case.check("out/tokens", folded)
     case.check("out/unpatchified", tokens.unpatchify(folded, tuple(latent.shape)))
     statistics = _statistics(case)
+    config = case.meta["config"]
+    scales = {own: config[key] for key, own in _AUDIO_SCALES.items() if key in config}
     case.check("out/normalized", statistics.normalize(latent))
     case.check("out/denormalized", statistics.denormalize(latent))
     for name in case.group("out/"):
         match = re.fullmatch(r"bounds_seconds(?:_shift(\d+))?(_noncausal)?", name)
         if match:
+            causal = config.get("is_causal", True) and match[2] is None
             actual = tokens.audio_positions(
-                frames, shift=int(match[1] or 0), causal=match[2] is None, batch=batch
+                frames, shift=int(match[1] or 0), causal=causal, batch=batch, **scales
             )
             assert actual.dtype == torch.float32, f"{name} is {actual.dtype}"
             case.check(f"out/{name}", actual)
