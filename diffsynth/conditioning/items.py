@@ -17,6 +17,7 @@ from diffsynth.conditioning.state import ModalityState, uniform_mask
 from diffsynth.conditioning.tokens import (
     VIDEO_SCALE,
     Grid,
+    audio_positions,
     keyframe_positions,
     patchify,
     reference_audio_positions,
@@ -249,10 +250,12 @@ class ReferenceAudio:
 
     Attributes:
         latent: (B, C, t, M), channels and mel bins of the target.
+        aligned: at the times of the target, from 0, as the official trainer makes audio-to-audio LoRAs.
     """
 
     latent: Tensor
     strength: float = 1.0
+    aligned: bool = False
 
     def apply(self, state: ModalityState, conventions: Conventions = OFFICIAL) -> ModalityState:
         """Append the tokens with mask ``1 - strength``.
@@ -264,7 +267,8 @@ class ReferenceAudio:
         shape, target = tuple(self.latent.shape), state.target_shape
         if state.is_video or len(shape) != 4 or (shape[:2], shape[3]) != (target[:2], target[3]):
             raise _shape_error("the reference audio latent", shape, target)
-        positions = reference_audio_positions(shape[2], batch=state.latent.shape[0])
+        place = audio_positions if self.aligned else reference_audio_positions
+        positions = place(shape[2], batch=state.latent.shape[0])
         return _append(state, self.latent, positions, self.strength, conventions)
 
 

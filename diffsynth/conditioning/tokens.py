@@ -133,11 +133,10 @@ def reference_positions(
     Returns:
         (B, 3, F*H*W, 2) float32 on the CPU.
     """
-    positions = _in_seconds(video_pixel_bounds(grid), fps)
+    positions = _in_seconds(video_pixel_bounds(grid), fps / temporal_scale_factor)
     positions[1:] *= downscale_factor
     if temporal_scale_factor != 1:
-        late = (temporal_scale_factor - 1) / fps
-        positions[0] = (positions[0] * temporal_scale_factor - late).clamp(min=0)
+        positions[0] = (positions[0] - (temporal_scale_factor - 1) / fps).clamp(min=0)
     return _batched(positions, batch)
 
 

@@ -152,6 +152,11 @@ def test_a_reference_voice_lies_before_the_beginning() -> None:
     assert (result.mask[:, 10:] == 0).all()
 
 
+def test_aligned_reference_sound_has_the_times_of_the_target() -> None:
+    result = ReferenceAudio(latent=torch.randn(1, 4, 5, 4), aligned=True).apply(audio())
+    assert torch.equal(result.positions[:, :, 10:], result.positions[:, :, :5])
+
+
 def test_token_weights_average_areas_and_groups_of_frames() -> None:
     clip = torch.zeros(1, 1, 17, 4, 4)
     clip[:, :, 0] = 1.0

@@ -92,8 +92,8 @@ def _item(case: Case, described: dict[str, Any]) -> items.ConditioningItem:
         item = items.FreeMask(latent=latent, keep=_tensor(case, described["mask"]), strength=strength)
     else:
         assert kind == "reference audio", f"no item is called {kind!r}"
-        assert described.get("negative_positions", True), "a reference voice lies before time 0"
-        item = items.ReferenceAudio(latent=latent, strength=strength)
+        aligned = not described.get("negative_positions", True)
+        item = items.ReferenceAudio(latent=latent, strength=strength, aligned=aligned)
     if "attention" in described:
         assert isinstance(item, items.Keyframe | items.ReferenceClip), kind
         weight = described["attention"]
