@@ -213,6 +213,10 @@ def _ic_lora(case: Case, arguments: dict[str, Any], inputs: Mapping[str, Any]) -
     request, given = _ti2vid(case, arguments, inputs, **more)
     blocks = case["in/reference_video_blocks_u8"].float().repeat_interleave(8, -2).repeat_interleave(8, -1)
     clip = (blocks * (127.5 / 8))[0].permute(1, 2, 3, 0)
+    if "in/conditioning_attention_mask" in case:
+        mask = (case["in/conditioning_attention_mask"] * 255)[0].permute(1, 2, 3, 0).expand(-1, -1, -1, 3)
+        request = replace(request, in_context_attention_mask="mask")
+        given = replace(given, in_context_attention_mask=mask)
     return request, replace(given, in_context_videos=(clip,))
 
 
