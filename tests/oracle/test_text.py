@@ -5,16 +5,14 @@ official package; to run it: ``pip install --no-deps ltx-core==1.0.0 scipy``, th
 """
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.oracle.in_memory import compare
 from tests.runners import text
-from tests.runners.case import Case
 
 connectors = pytest.importorskip("ltx_core.text_encoders.gemma.embeddings_connector")
 extractors = pytest.importorskip("ltx_core.text_encoders.gemma.feature_extractor")
@@ -35,13 +33,6 @@ NEWER = {
     "caption_projection_second_linear": False,
     "text_encoder_norm_type": "per_token_rms",
 }
-
-
-def compare(runner: Callable[[Case], None], stated: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    stated["tolerance"] = {"atol": 3e-5, "rtol": 3e-5}
-    case = Case(Path("in memory"), stated, {key: tensor.clone() for key, tensor in tensors.items()})
-    runner(case)
-    case.finish()
 
 
 def randomised(network: nn.Module) -> Any:
@@ -128,7 +119,7 @@ def test_features_and_connectors(seed: int) -> None:
     }
     tensors |= {"in/hidden_states": states, "in/attention_mask": left}
     tensors |= {"out/video_context": video, "out/audio_context": audio}
-    compare(text.post, {"config": {"transformer": stated}}, tensors)
+    compare(text.post, {"config": {"transformer": stated}}, tensors, 3e-5)
 
 
 @SEEDS
@@ -162,4 +153,4 @@ def test_hidden_states_of_gemma(seed: int) -> None:
     tensors |= {"in/input_ids": ids, "in/attention_mask": mask}
     tensors["out/hidden_states"] = torch.stack(states, dim=-1)
     kind = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"} | config}
-    compare(text.gemma3, {"gemma_config": kind}, tensors)
+    compare(text.gemma3, {"gemma_config": kind}, tensors, 3e-5)
