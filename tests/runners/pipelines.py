@@ -431,7 +431,7 @@ def _conventions(case: Case) -> str:
     behaviour = case.meta.get("behaviour")
     if isinstance(behaviour, dict):
         return "official-1.0" if behaviour.get("cross_timestep_mode") == "cross" else "official"
-    return "official-1.0" if "ltx-pipelines 1.0.0" in case.meta["source"] else "official"
+    return "official-1.0" if "ltx-pipelines 1.0.0" in case.meta.get("source", "") else "official"
 
 
 def _guidance(inputs: Mapping[str, Any]) -> dict[str, GuidanceParams]:
