@@ -79,7 +79,7 @@ def preprocess(config: TrainConfig, on_progress: OnProgress = ignore) -> Preproc
     _check_sizes(config, encoders, todo.values())
     texts = [*(job.caption for job in todo.values()), *config.validation.texts]
     encode_texts(config, opened, captions, texts, on_progress)
-    with out_of_memory_told("smaller buckets, or a lower vram_limit in [memory]", "the encoders"):
+    with out_of_memory_told("vram_limit in [memory], or a lower one; or smaller buckets", "the encoders"):
         broken += _encode_clips(config, encoders, captions, list(todo.values()), on_progress)
     for where, reason in broken:
         logger.warning("%s is left out: %s", where, reason)

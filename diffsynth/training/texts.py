@@ -51,7 +51,7 @@ def encode_texts(
     at_once = AT_ONCE if config.memory.managed else 1
     groups = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
     with (
-        out_of_memory_told("a lower vram_limit in [memory]", "the text model"),
+        out_of_memory_told("vram_limit in [memory], or a lower one", "the text model"),
         computing(config, opened, TEXT) as parts,
     ):
         parts.prompt_cache = cache

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffsynth.lora import LoraUpdate, WeightedUpdates, add_updates_, dequantise, fuse_scaled, read_lora
+from diffsynth.lora import LoraUpdate, WeightedUpdates, dequantise, fuse_scaled, read_lora
 from diffsynth.lora import fuse as fuse_weight
 from tests.runners.case import Case, Tolerance
 
@@ -88,62 +88,50 @@ def _compare_fp8(
 ) -> None:
     """Scales as bf16 results; weights within one step of e4m3 as in :func:`_compare_steps`."""
     recorded = case.group(f"out/{group}/")
-    one = torch.ones(())
+    new_scale: Tensor | None
     for name in (name for name in recorded if name.endswith(".weight")):
         updates = _updates(weighted, _layer(name))
-        rounding = _product_rounding(updates, source[name].shape)
         scale_name = f"{name}_scale"
         if scale_name not in source:
-            weight, scale = fuse_weight(source[name], updates), one
-            rounding += BF16_EPS / 2 * recorded[name].float().abs()  # of the sum
+            before, result = source[name].float(), fuse_weight(source[name], updates).float()
+            new_scale = None
         elif group.endswith("_dequantised"):
             # The stored weight before any update.
             actual = dequantise(source[name], source[scale_name])
             case.check(f"out/{group}/{name}", actual, _stated(case, torch.float32))
             continue
         else:
-            weight, scale = fuse_scaled(source[name], source[scale_name], updates)
-            case.check(f"out/{group}/{scale_name}", scale, _stated(case, torch.bfloat16))
-        expected = (recorded[name], recorded.get(scale_name, one))
-        _compare_steps(case, f"out/{group}/{name}", (weight, scale), expected, rounding)
+            before = dequantise(source[name], source[scale_name])
+            weight, new_scale = fuse_scaled(source[name], source[scale_name], updates)
+            case.check(f"out/{group}/{scale_name}", new_scale, _stated(case, torch.bfloat16))
+            result = dequantise(weight, new_scale)
+        computed = (result, new_scale)
+        _compare_steps(case, f"out/{group}/{name}", before, computed, recorded.get(scale_name))
 
 
 def _compare_steps(
-    case: Case,
-    name: str,
-    computed: tuple[Tensor, Tensor],
-    recorded: tuple[Tensor, Tensor],
-    rounding: Tensor,
+    case: Case, name: str, before: Tensor, computed: tuple[Tensor, Tensor | None], scale: Tensor | None
 ) -> None:
-    """The weights times their scales may differ by one e4m3 step, as wide as it is at each element.
+    """The dequantised values may differ by one e4m3 step, as wide as it is at each element.
 
-    An element near the border of two e4m3 values falls to the other side, a step away, when what was rounded
-    to e4m3 differs; ``rounding`` is by how much at most, because the recorded product was in bf16.
+    The recorded product, and without a scale also the sum, were rounded to bf16 first: an element near the
+    border of two e4m3 values falls to the other side, a step away, and that bf16 rounding comes on top.
     """
-    steps = (_e4m3_step(weight) * scale for weight, scale in (computed, recorded))
-    allowed = torch.maximum(*steps) + rounding
-    result, expected = (dequantise(weight, scale) for weight, scale in (computed, recorded))
+    result, new_scale = computed
+    one = torch.ones(())
+    recorded_scale, new_scale = (one, one) if scale is None or new_scale is None else (scale, new_scale)
+    expected = case[name].float() * recorded_scale
+    steps = (_e4m3_step(value / by) * by for value, by in ((result, new_scale), (expected, recorded_scale)))
+    allowed = torch.maximum(*steps) + BF16_EPS * (expected - before).abs()
+    if scale is None:
+        allowed = allowed + BF16_EPS * expected.abs()
     case.compare(name, result / allowed, expected / allowed, Tolerance(1.0))
 
 
-def _product_rounding(updates: WeightedUpdates, shape: torch.Size) -> Tensor:
-    """Largest error of a sum of products in bf16: the scaled factor, the product and the sum are rounded.
-
-    Each rounding is half a bf16 step of its value; the terms of a product may cancel, their errors do not.
-    """
-    absolute = [
-        (LoraUpdate(up=update.up.abs(), down=update.down.abs(), scale=abs(update.scale)), abs(strength))
-        for update, strength in updates
-        if update.up is not None and update.down is not None
-    ]
-    roundings = 2 if len(updates) < 2 else 3
-    return add_updates_(torch.zeros(shape), absolute) * (roundings * BF16_EPS / 2)
-
-
-def _e4m3_step(weight: Tensor) -> Tensor:
+def _e4m3_step(value: Tensor) -> Tensor:
     """Distance of neighbouring e4m3 values at each element: 3 bits of mantissa, smallest exponent -6."""
-    _, exponent = torch.frexp(weight.float().abs().clamp(min=2.0**-6))  # weight = [0.5, 1) * 2^exponent
-    return torch.exp2(exponent - 4.0)
+    exponent = torch.floor(torch.log2(value.abs().clamp(min=2.0**-6)))
+    return torch.exp2(exponent - 3)
 
 
 def _stated(case: Case, dtype: torch.dtype) -> Tolerance:
